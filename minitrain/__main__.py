@@ -1,0 +1,84 @@
+"""python -m minitrain --config FILE.toml [--section.key value ...] [--help]
+
+Trains, then writes the export and the sample that the config asks for. What a person got wrong is one line and exit
+code 2; a traceback is a bug of ours.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+from minitrain.config import Config, UserError, exit_with, load_config
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        run(sys.argv[1:])
+    except UserError as error:
+        exit_with(error)
+    except FloatingPointError as error:
+        exit_with(error)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the newest checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def run(argv: list[str]) -> None:
+    from minitrain.hf import default_config
+
+    path, flags = _take_config(argv)
+    cfg = load_config(path, flags, default_config)
+
+    from minitrain.train import train
+
+    model = train(cfg)
+    finish(cfg, model)
+
+
+def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
+    for i, word in enumerate(argv):
+        if word == "--config":
+            if i + 1 == len(argv):
+                raise UserError("--config: which file?")
+            return argv[i + 1], argv[:i] + argv[i + 2 :]
+        if word.startswith("--config="):
+            return word.removeprefix("--config="), argv[:i] + argv[i + 1 :]
+    return None, argv
+
+
+def finish(cfg: Config, model) -> None:
+    """Export, sample, and the line that sums the run up."""
+    run_dir = Path(cfg.run_dir)
+    source = Path(cfg.data.path)
+    if cfg.checkpoint.export:
+        from minitrain.hf import save_pretrained
+
+        save_pretrained(model, run_dir / "export", tokenizer=source, overwrite=True)
+    if cfg.train.sample:
+        print(sample(cfg.train.sample, model, source))
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    if rows:
+        written = f"; Hugging Face folder: {run_dir / 'export'}" if cfg.checkpoint.export else ""
+        first, last = rows[0], rows[-1]
+        print(f"loss {first['loss']:.3f} at step {first['step']} -> {last['loss']:.3f} at step {last['step']}{written}")
+
+
+def sample(prompt: str, model, tokenizer_folder: Path, max_new_tokens: int = 120) -> str:
+    """What the model makes of a prompt, with the prompt."""
+    import torch
+
+    from minitrain.generate import generate
+    from minitrain.hf import end_of_text, load_tokenizer
+
+    tokenizer = load_tokenizer(tokenizer_folder)
+    device = next(model.parameters()).device
+    ids = torch.tensor(tokenizer.encode(prompt).ids, device=device)
+    out = generate(model, ids, max_new_tokens, temperature=0.7, top_p=0.95, **end_of_text(tokenizer_folder))
+    return tokenizer.decode(out.tolist())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""Every setting of a run: one dataclass a section, one line and one sentence a setting.
+
+A TOML file and the command line are one thing here: the file's keys become flags, and the flags after it win. tyro
+checks types and makes --help from the sentences. Sizes of the model are in minitrain/models/, beside the model.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import sys
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+
+class UserError(ValueError):
+    """Something a person set or gave is wrong: its text says what, the rule, and the fix. The program exits with 2."""
+
+
+@dataclass
+class DataConfig:
+    path: str = ""
+    """Folder of token shards, made by tools/prepare_data.py."""
+    tokens_per_row: int = 8192
+    """T: tokens in one packed row; a row is what one forward and backward sees."""
+    max_seqlen: int = 4096
+    """Longest document in tokens; longer ones are split. No more than tokens_per_row."""
+    rows_per_step: int = 1
+    """Rows in one optimizer step; more than one accumulate their gradients."""
+    seed: int = 0
+    """Seed of the order of documents."""
+
+    def __post_init__(self):
+        if self.tokens_per_row < 2:
+            raise UserError(f"data.tokens_per_row={self.tokens_per_row}: must be at least 2")
+        if not 2 <= self.max_seqlen <= self.tokens_per_row:
+            raise UserError(f"data.max_seqlen={self.max_seqlen}: must be in 2 .. tokens_per_row={self.tokens_per_row}")
+        _at_least(1, data__rows_per_step=self.rows_per_step)
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 3e-4
+    """Highest learning rate."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """After the warm-up: falls along a cosine or a line, stays, or stays and then falls over decay_steps (wsd)."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises from 0 to lr."""
+    decay_steps: int = 0
+    """With schedule wsd: how many of the last steps fall."""
+    min_lr_ratio: float = 0.1
+    """Learning rate at the end, as a fraction of lr."""
+    beta1: float = 0.9
+    """AdamW: decay of the mean of gradients."""
+    beta2: float = 0.95
+    """AdamW: decay of the mean of squared gradients."""
+    eps: float = 1e-8
+    """AdamW: added to the root of the mean square."""
+    weight_decay: float = 0.1
+    """AdamW: decoupled decay of matrices and embeddings; norms and biases have none."""
+    max_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 turns clipping off."""
+
+    def __post_init__(self):
+        _at_least(0, optim__lr=self.lr, optim__warmup_steps=self.warmup_steps, optim__decay_steps=self.decay_steps,
+                  optim__weight_decay=self.weight_decay, optim__max_norm=self.max_norm, optim__eps=self.eps)  # fmt: skip
+        for name in ("beta1", "beta2", "min_lr_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"optim.{name}={getattr(self, name)}: must be between 0 and 1")
+        if (self.schedule == "wsd") != (self.decay_steps > 0):
+            raise UserError(f"optim.decay_steps={self.decay_steps}: needed with schedule wsd, and only there")
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 1000
+    """Optimizer steps in all."""
+    seed: int = 0
+    """Seed of random weights."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: the GPU if there is one."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of weights and activations; auto: bfloat16 on the GPU, float32 on the CPU. Master weights are always float32."""
+    attention: str = "auto"
+    """Backend: auto, sdpa, flash_attn, varlen, flex, xformers or reference; auto says what it chose."""
+    loss: str = "minitrain.loss:cross_entropy"
+    """Loss as "module:function": (hidden, head, batch) -> (sum over trained tokens, {name: sum})."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile every block; auto: on the GPU."""
+    recompute: Literal["none", "full"] = "none"
+    """full: keep only the input of each block and compute the block again in backward, for less memory."""
+    log_every: int = 10
+    """Steps between lines on the console."""
+    sample: str = ""
+    """Text that the trained model goes on with when the run ends; empty: none."""
+
+    def __post_init__(self):
+        _at_least(1, train__steps=self.steps, train__log_every=self.log_every)
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 1000
+    """Steps between checkpoints; the last step always makes one."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+    resume: bool = True
+    """Go on from the newest checkpoint in run_dir; False: refuse a run_dir that has one."""
+    export: bool = True
+    """At the end, write run_dir/export: a Hugging Face folder that transformers and other tools load."""
+
+    def __post_init__(self):
+        _at_least(1, checkpoint__every=self.every, checkpoint__keep=self.keep)
+
+
+@dataclass
+class Config:
+    model: Any
+    """The architecture's own config, for example minitrain.Qwen3Config(...)."""
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    run_dir: str = "runs/default"
+    """Folder of this run: config.toml, metrics.jsonl, checkpoints, export."""
+
+    def __post_init__(self):
+        if self.data.max_seqlen > self.model.max_position_embeddings:
+            raise UserError(
+                f"data.max_seqlen={self.data.max_seqlen} is more than "
+                f"model.max_position_embeddings={self.model.max_position_embeddings}"
+            )
+
+
+def _at_least(least, **settings):
+    for name, value in settings.items():
+        if not value >= least:
+            raise UserError(f"{name.replace('__', '.')}={value}: must be at least {least}")
+
+
+# ---- file and command line
+
+
+def load_config(path: str | Path | None, flags: list[str], model_config: Callable[[str, str], Any]) -> Config:
+    """A TOML file (or none) and flags such as ["--train.steps", "100"] -> Config. UserError in one line.
+
+    model_config(type, pretrained) -> the model's config with its defaults (minitrain.hf.default_config).
+    """
+    settings = _read_toml(path) if path else {}
+    flags = [{"true": "True", "false": "False"}.get(flag, flag) for part in flags for flag in _split(part)]
+    given = {flag[2:] for flag in flags if flag.startswith("--")}
+
+    def early(key):  # what decides which settings there are
+        return flags[flags.index(f"--{key}") + 1] if key in given else settings.get(key)
+
+    try:
+        model = model_config(early("model.type") or "", early("model.pretrained") or "")
+    except (ValueError, IndexError) as error:
+        raise UserError(str(error)) from None
+    schema = dataclasses.make_dataclass(
+        "Config", [("model", type(model), field(default_factory=lambda: model))], bases=(Config,)
+    )
+    known = _keys(schema)
+    for key in settings:
+        _check_known(key, known, f"{path}: ")
+    for key in given - {"help"}:
+        _check_known(key, known, "--")
+    merged = [word for key, value in settings.items() if key not in given for word in (f"--{key}", *_words(value))]
+    return _run_tyro(schema, merged + flags)
+
+
+def _split(flag):
+    return flag.split("=", 1) if flag.startswith("--") and "=" in flag else [flag]
+
+
+def _read_toml(path) -> dict[str, Any]:
+    """{"section.key": value}; a table inside a section is one value."""
+    try:
+        with open(path, "rb") as file:
+            table = tomllib.load(file)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: no TOML: {error}") from None
+    flat = {}
+    for section, value in table.items():
+        flat |= {f"{section}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {section: value}
+    return flat
+
+
+def _keys(schema) -> list[str]:
+    keys = []
+    for f in fields(schema):
+        section = f.type if dataclasses.is_dataclass(f.type) else None
+        keys += [f"{f.name}.{inner.name}" for inner in fields(section)] if section else [f.name]
+    return keys
+
+
+def _check_known(key, known, prefix):
+    if key not in known:
+        near = difflib.get_close_matches(key, known, 1) or [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+        raise UserError(f"{prefix}{key}: no such setting" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def _words(value) -> list[str]:
+    if isinstance(value, dict):
+        return [str(word) for pair in value.items() for word in pair]
+    return [str(value)]
+
+
+def _run_tyro(schema, flags) -> Config:
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                schema,
+                args=flags,
+                prog="python -m minitrain [--config FILE.toml]",
+                description="Train a model. Settings of the file and of the command line are the same; the latter win.",
+                config=(tyro.conf.FlagConversionOff,),
+                use_underscores=True,
+            )
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+    # tyro draws a box: the first paragraph says what is wrong.
+    lines = [line.strip("│ ") for line in complaint.getvalue().splitlines() if line.startswith("│")]
+    end = next((i for i, line in enumerate(lines) if not line or set(line) == {"─"}), len(lines))
+    text = " ".join(lines[:end])
+    raise UserError(text.removeprefix("Error parsing ").partition(": ")[2] if "=" in text else text)
+
+
+# ---- the way back
+
+
+def to_toml(cfg: Config) -> str:
+    """The whole config as TOML that load_config reads."""
+    top, sections = [], []
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        if dataclasses.is_dataclass(value):
+            rows = [_toml_row(inner.name, getattr(value, inner.name)) for inner in fields(value)]
+            sections.append("\n".join([f"[{f.name}]", *filter(None, rows)]))
+        else:
+            top.append(_toml_row(f.name, value))
+    return "\n".join(top) + "\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _toml_row(key, value) -> str | None:
+    if value is None:  # TOML has no null; None is a default everywhere
+        return None
+    if isinstance(value, dict):
+        return f"{key} = {{ {', '.join(_toml_row(k, v) for k, v in value.items())} }}"
+    return f"{key} = {json.dumps(value)}"
+
+
+def exit_with(error: Exception) -> None:
+    """One line on stderr, exit code 2."""
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)

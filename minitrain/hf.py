@@ -1,0 +1,292 @@
+"""Hugging Face folders in and out: config.json, safetensors, tokenizer files. A tensor at a time, nothing unpickled.
+
+hub_tensors(model) is the whole mapping: every name on the Hub with the piece of our parameter it stands for. Loading
+copies into these views, saving writes them. Two dialects of config.json are read (rope_theta and rope_scaling, or
+transformers 5's rope_parameters); the older one is written, which every tool knows.
+"""
+
+import difflib
+import json
+import re
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from minitrain.config import UserError
+from minitrain.models import build_model, materialize, model_class
+from minitrain.models.layers import DecoderConfig
+from minitrain.storage import NewFolder, open_safetensors, read_json, write_json, write_safetensors
+
+CARRIED = (  # files of a model's folder that go along with its weights, where they exist
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_SHARD_BYTES = 5 << 30
+
+
+def from_pretrained(
+    path_or_hub_id: str | Path,
+    model_class: type[nn.Module] | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """The model of a Hugging Face folder or hub id, weights loaded.
+
+    dtype None: as config.json says. Host memory: the model plus one tensor. UserError names what is missing, extra,
+    of a wrong shape or damaged, and refuses pickle files and an architecture other than model_class.
+    """
+    folder = find_folder(path_or_hub_id)
+    cfg = read_config(folder)
+    model = build_model(cfg)
+    if model_class is not None and not isinstance(model, model_class):
+        raise UserError(f"{folder}: holds a {type(model).__name__}, not a {model_class.__name__}")
+    if dtype is None:
+        raw = read_json(folder / "config.json")
+        dtype = getattr(torch, str(raw.get("torch_dtype") or raw.get("dtype") or "float32"))
+    materialize(model, device, dtype)
+    load_weights(model, folder)
+    return model
+
+
+def find_folder(path_or_hub_id: str | Path) -> Path:
+    """The folder itself, or where huggingface_hub put (or had) that repository."""
+    folder = Path(path_or_hub_id)
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_hub_id)):
+        raise UserError(f"{path_or_hub_id}: no such folder")
+    try:
+        wanted = ["config.json", "*.safetensors", "*.safetensors.index.json", *CARRIED]
+        return Path(huggingface_hub.snapshot_download(str(path_or_hub_id), allow_patterns=wanted))
+    except Exception as error:  # the library raises its own, httpx's and OSError
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path_or_hub_id}: no such folder, and the hub could not be read ({reason}); "
+            "put config.json, the *.safetensors files and tokenizer.json in a folder and give its path"
+        ) from None
+
+
+# ---- config.json
+
+
+def default_config(type: str, pretrained: str) -> DecoderConfig:
+    """The config that a run starts from: of the pretrained folder, or the defaults of an architecture."""
+    if not pretrained:
+        return model_class(type or "qwen3").config_class()
+    cfg = read_config(find_folder(pretrained))
+    if type and type != cfg.type:
+        raise UserError(f"model.type={type!r}, but {pretrained} holds a {cfg.type!r}")
+    cfg.pretrained = pretrained
+    return cfg
+
+
+def read_config(folder: Path) -> DecoderConfig:
+    """config.json -> the architecture's config. UserError for what this trainer does not have."""
+    raw = read_json(folder / "config.json")
+    where = folder / "config.json"
+    try:
+        config_class = model_class(raw.get("model_type", "")).config_class
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+    unsupported = {
+        "hidden_act": raw.get("hidden_act", "silu") != "silu",
+        "attention_dropout": bool(raw.get("attention_dropout")),
+        "mlp_bias": bool(raw.get("mlp_bias")),
+        "use_sliding_window": bool(raw.get("use_sliding_window")),
+        "decoder_sparse_step": raw.get("decoder_sparse_step", 1) != 1,
+        "mlp_only_layers": bool(raw.get("mlp_only_layers")),
+    }
+    if bad := [f"{key}={raw[key]}" for key, is_bad in unsupported.items() if is_bad]:
+        raise UserError(f"{where}: not supported: {', '.join(bad)}")
+    rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta"), **(raw.get("rope_scaling") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    known = {
+        "num_key_value_heads": raw.get("num_attention_heads"),  # what transformers takes where they are absent
+        "tie_word_embeddings": False,
+        "head_dim": None,
+        "initializer_range": 0.02,
+        **{key: value for key, value in raw.items() if value is not None},
+        "type": raw["model_type"],
+        "rope_theta": rope.get("rope_theta") or 10_000.0,
+        "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"} if kind != "default" else None,
+    }
+    optional = {"pretrained", "attention_bias", "router_aux_loss_coef", "router_z_loss_coef"}
+    names = [f.name for f in fields(config_class)]
+    if missing := [n for n in names if n not in known and n not in optional]:
+        raise UserError(f"{where}: lacks {', '.join(missing)}")
+    try:
+        return config_class(**{n: known[n] for n in names if n in known})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def hub_config(model: nn.Module) -> dict:
+    """config.json of a model, in the dialect that all versions of transformers read."""
+    cfg = {f.name: getattr(model.config, f.name) for f in fields(model.config)}
+    kind = cfg.pop("type")
+    del cfg["pretrained"]
+    return {
+        "architectures": [type(model).__name__],
+        "model_type": kind,
+        "hidden_act": "silu",
+        "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        **cfg,
+    }
+
+
+# ---- weights
+
+
+def hub_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """{name on the Hub: view into our parameter}. Tied heads appear once; stacked experts as E tensors each."""
+    views = {}
+    for name, p in model.named_parameters():
+        hub = name if name.startswith("lm_head.") else f"model.{name}"
+        if p.ndim == 3:  # layers.0.mlp.experts.up_proj (E, F, D) -> model.layers.0.mlp.experts.7.up_proj.weight (F, D)
+            prefix, _, matrix = hub.rpartition(".")
+            views |= {f"{prefix}.{e}.{matrix}.weight": p.detach()[e] for e in range(len(p))}
+        else:
+            views[hub] = p.detach()
+    return views
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Copy a folder's safetensors into the model's parameters; all or an error that names what does not fit."""
+    views = hub_tensors(model)
+    files = _weight_files(folder)
+    ignored = {name for name in files if name.endswith("rotary_emb.inv_freq")}  # old Llama files store this buffer
+    if model.config.tie_word_embeddings:
+        ignored.add("lm_head.weight")  # some tied models on the Hub store it twice
+    if missing := sorted(views.keys() - files.keys()):
+        raise UserError(f"{folder}: lacks {_listed(missing, sorted(files.keys() - views.keys()))}")
+    if extra := sorted(files.keys() - views.keys() - ignored):
+        raise UserError(f"{folder}: holds tensors that the model has not: {_listed(extra, sorted(views))}")
+    readers = {file: open_safetensors(folder / file) for file in sorted(set(files.values()))}
+    for name, view in views.items():
+        reader = readers[files[name]]
+        shape = tuple(reader.get_slice(name).get_shape())
+        if shape != tuple(view.shape):
+            raise UserError(f"{folder / files[name]}: {name} has shape {shape}, the model's is {tuple(view.shape)}")
+        tensor = reader.get_tensor(name)
+        if not tensor.is_floating_point():
+            raise UserError(f"{folder / files[name]}: {name} is {tensor.dtype}, not a floating-point tensor")
+        view.copy_(tensor)
+
+
+def _weight_files(folder: Path) -> dict[str, str]:
+    """{tensor: file}, read from the files' own headers and checked against the index where there is one."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{index}: has no weight_map")
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+                raise UserError(f"{index}: {name} points to {file!r}, which is no safetensors file in this folder")
+        held = {}
+        for file in sorted(set(weight_map.values())):
+            held |= dict.fromkeys(open_safetensors(folder / file).keys(), file)
+        if wrong := [name for name, file in weight_map.items() if held.get(name) != file]:
+            raise UserError(f"{index}: {wrong[0]} is not in {weight_map[wrong[0]]}")
+        return held
+    if (folder / "model.safetensors").exists():
+        return dict.fromkeys(open_safetensors(folder / "model.safetensors").keys(), "model.safetensors")
+    if pickles := sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")):
+        raise UserError(
+            f"{folder}: {pickles[0]} is a pickle file, which can run code when read; convert it, for example with "
+            "transformers' save_pretrained, to model.safetensors"
+        )
+    raise UserError(f"{folder}: has neither model.safetensors nor model.safetensors.index.json")
+
+
+def _listed(names: list[str], others: list[str]) -> str:
+    """The first ten names, each with the nearest of the others."""
+    shown = []
+    for name in names[:10]:
+        near = difflib.get_close_matches(name, others, 1, 0.8)
+        shown.append(f"{name} (there is {near[0]})" if near else name)
+    return ", ".join(shown) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def save_pretrained(
+    model: nn.Module, folder: str | Path, tokenizer: str | Path | None = None, overwrite: bool = False
+) -> None:
+    """Write a folder that transformers' AutoModelForCausalLM loads, weights bit for bit; one tensor in memory at a time.
+
+    tokenizer: a folder whose tokenizer files, generation_config.json and further keys of config.json come along.
+    The folder appears whole or not at all; UserError if it exists, unless overwrite.
+    """
+    config = hub_config(model)
+    if tokenizer is not None:
+        source = Path(tokenizer)
+        older = read_json(source / "config.json") if (source / "config.json").exists() else end_of_text(source)
+        config = {**{k: v for k, v in older.items() if k not in ("dtype", "rope_parameters")}, **config}
+    with NewFolder(Path(folder), replace=overwrite) as tmp:
+        write_json(tmp / "config.json", config)
+        shards = _shards(hub_tensors(model))
+        for i, shard in enumerate(shards, 1):
+            write_safetensors(tmp / _shard_name(i, len(shards)), shard)
+        if len(shards) > 1:
+            weight_map = {name: _shard_name(i, len(shards)) for i, shard in enumerate(shards, 1) for name in shard}
+            total = sum(t.numel() * t.element_size() for shard in shards for t in shard.values())
+            write_json(
+                tmp / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+            )
+        if tokenizer is not None:
+            for name in CARRIED:
+                if (source / name).exists():
+                    shutil.copyfile(source / name, tmp / name)
+        if not (tmp / "generation_config.json").exists():
+            ids = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None}
+            write_json(tmp / "generation_config.json", ids)
+
+
+def _shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    shards, size = [{}], 0
+    for name, t in tensors.items():
+        bytes_ = t.numel() * t.element_size()
+        if shards[-1] and size + bytes_ > _SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = t
+        size += bytes_
+    return shards
+
+
+def _shard_name(i: int, n: int) -> str:
+    return "model.safetensors" if n == 1 else f"model-{i:05}-of-{n:05}.safetensors"
+
+
+# ---- tokenizers
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """tokenizer.json of a folder."""
+    path = Path(folder) / "tokenizer.json"
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises a plain Exception
+        raise UserError(f"{path}: cannot be read as a tokenizer: {error}") from None
+
+
+def end_of_text(folder: Path) -> dict[str, int]:
+    """{"eos_token_id": id} as tokenizer_config.json names it, or {} where there is none."""
+    path = Path(folder) / "tokenizer_config.json"
+    token = json.loads(path.read_text()).get("eos_token") if path.exists() else None
+    token = token["content"] if isinstance(token, dict) else token
+    id = load_tokenizer(folder).token_to_id(token) if token else None
+    return {} if id is None else {"eos_token_id": id}

@@ -1,0 +1,105 @@
+"""Linear cross-entropy in pieces: the head and the loss together, so that the (T, V) logits never exist.
+
+A loss is any function (hidden_TD, head, batch) -> (sum over trained tokens, {name: sum}). The step divides by the
+number of trained tokens of all rows and ranks, so that cutting a step into more rows changes nothing.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minitrain.batch import IGNORE, Batch
+
+try:
+    from minitrain import kernels
+except ImportError:  # built without nvcc
+    kernels = None
+
+_PIECE_BYTES = 5 << 28  # 1.25 GiB of logits at a time: 4,417 rows of bf16 at V = 151,936, enough for full GEMM speed
+
+
+def cross_entropy(hidden_TD: Tensor, head: nn.Linear, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum of -log softmax(head(hidden))[target] over targets that are not IGNORE, fp32."""
+    return _LinearCrossEntropy.apply(hidden_TD, head.weight, batch.targets), {}
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Gradients are made in the forward, while a piece's logits are there; backward only scales them."""
+
+    @staticmethod
+    def forward(ctx, x_TD, w_VD, targets_T):
+        with_grad = any(ctx.needs_input_grad)
+        d_x = torch.empty_like(x_TD) if with_grad else None
+        d_w = torch.zeros_like(w_VD, dtype=torch.float32) if with_grad else None
+        losses = []
+        rows = max(1, _PIECE_BYTES // (w_VD.shape[0] * x_TD.element_size()))
+        for start in range(0, len(x_TD), rows):
+            piece = slice(start, start + rows)
+            x, logits_NV = x_TD[piece], F.linear(x_TD[piece], w_VD)
+            losses.append(softmax_cross_entropy_(logits_NV, targets_T[piece], with_grad))
+            if with_grad:  # logits_NV now holds their gradient
+                torch.mm(logits_NV, w_VD, out=d_x[piece])
+                _add_product(d_w, logits_NV.T, x)
+        ctx.save_for_backward(d_x, d_w)
+        ctx.w_dtype = w_VD.dtype
+        return torch.cat(losses).sum()
+
+    @staticmethod
+    def backward(ctx, d):
+        d_x, d_w = ctx.saved_tensors
+        return (d_x * d).to(d_x.dtype), (d_w * d).to(ctx.w_dtype), None
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a @ b, with out in fp32 whatever a and b are."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b)
+    elif out.is_cuda:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.addmm_(a.to(out.dtype), b.to(out.dtype))
+
+
+@torch.library.custom_op("minitrain::softmax_cross_entropy_", mutates_args={"logits_NV"})
+def softmax_cross_entropy_(logits_NV: Tensor, targets_N: Tensor, write_grad: bool) -> Tensor:
+    """-> losses (N,) fp32, 0 where the target is IGNORE. write_grad: logits become softmax - onehot, in place.
+
+    logits (N, V) contiguous, bf16 or fp32; targets (N,) int64.
+    """
+    wide = logits_NV.float()  # the tensor itself where it is fp32
+    trained_N = targets_N != IGNORE
+    picked_N1 = targets_N.clamp(min=0)[:, None]
+    lse_N = wide.logsumexp(-1)
+    losses_N = (lse_N - wide.gather(1, picked_N1)[:, 0]).where(trained_N, 0)
+    if write_grad:
+        probs = wide.sub_(lse_N[:, None]).exp_()
+        probs.scatter_add_(1, picked_N1, -torch.ones_like(picked_N1, dtype=probs.dtype))
+        logits_NV.copy_(probs.mul_(trained_N[:, None]))
+    return losses_N
+
+
+@softmax_cross_entropy_.register_fake
+def _(logits_NV, targets_N, write_grad):
+    return logits_NV.new_empty(len(logits_NV), dtype=torch.float32)
+
+
+if kernels is not None:
+
+    @softmax_cross_entropy_.register_kernel("cuda")
+    def _(logits_NV, targets_N, write_grad):
+        N, V = logits_NV.shape
+        if not logits_NV.is_contiguous() or not targets_N.is_contiguous():
+            raise ValueError("softmax_cross_entropy_: logits and targets must be contiguous")
+        losses_N = logits_NV.new_empty(N, dtype=torch.float32)
+        kernels.softmax_cross_entropy_(
+            logits=logits_NV.data_ptr(),
+            dtype=str(logits_NV.dtype).removeprefix("torch."),
+            targets=targets_N.data_ptr(),
+            loss=losses_N.data_ptr(),
+            rows=N,
+            vocab=V,
+            write_grad=write_grad,
+            device=logits_NV.device.index,
+            stream=torch.cuda.current_stream(logits_NV.device).cuda_stream,
+        )
+        return losses_N

@@ -1,0 +1,214 @@
+"""What a run says of itself: metrics.jsonl, a progress bar, and a meter that counts honestly.
+
+FLOPs per trained step, for tokens/s to be turned into model FLOPs utilisation (MFU) of the device's dense bf16 peak:
+    C    6 * N * tokens + 6 * L * H * C * pairs     causal half of attention; pairs = sum of squared document lengths
+    F    6 * N * tokens + 12 * L * H * C * pairs    attention as if it were full, as many trainers print it
+    HFU  C plus the forward of the blocks that recomputation runs again
+N: parameters in matrices that a token goes through: the head, not the embedding's look-up; of experts, the active ones.
+Device values are kept on the device until a line on the console is due, so that a step never waits for the host.
+"""
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minitrain.batch import Batch
+from minitrain.config import TrainConfig
+from minitrain.parallel.mesh import Mesh
+
+log = logging.getLogger(__name__)
+
+PEAK_TFLOPS = {  # dense bf16, by the vendors' data sheets; the first name that is part of the device's name counts
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "H20": 148,
+    "H800": 989,
+    "GB200": 2500,
+    "B200": 2250,
+    "B300": 2250,
+    "A100": 312,
+    "A800": 312,
+    "A40": 150,
+    "A10": 125,
+    "A6000": 155,
+    "L40S": 362,
+    "L40": 181,
+    "L4": 121,
+    "RTX 6000 Ada": 364,
+    "RTX 5090": 210,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+    "V100": 125,
+}
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """Dense bf16 TFLOP/s of a device, None if it is not in the table."""
+    return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Training FLOPs of a model: matrices per token, attention per (query, key) pair."""
+
+    blocks: int  # parameters in the blocks' matrices that a token goes through
+    head: int  # parameters of the head
+    attention: int  # L * H * C
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Flops":
+        cfg = model.config
+        blocks = sum(p.numel() for p in model.layers.parameters() if p.ndim == 2)
+        if stacked := sum(p.numel() for p in model.layers.parameters() if p.ndim == 3):
+            blocks += stacked * cfg.num_experts_per_tok // cfg.num_experts
+        attention = cfg.num_hidden_layers * cfg.num_attention_heads * cfg.head_dim
+        return cls(blocks, model.lm_head.weight.numel(), attention)
+
+    def causal(self, tokens: int, pairs: int) -> float:
+        """C."""
+        return 6 * (self.blocks + self.head) * tokens + 6 * self.attention * pairs
+
+    def full(self, tokens: int, pairs: int) -> float:
+        """F."""
+        return self.causal(tokens, pairs) + 6 * self.attention * pairs
+
+    def hardware(self, tokens: int, pairs: int, recompute: str) -> float:
+        """C and what recomputation adds."""
+        again = 2 * self.blocks * tokens + 2 * self.attention * pairs if recompute == "full" else 0
+        return self.causal(tokens, pairs) + again
+
+
+class Log:
+    """`with Log(...) as log`: one line a step in metrics.jsonl, and every log_every steps one on the console.
+
+    Lines are written when one on the console is due; speeds in them are means since the one before.
+    Raises FloatingPointError if a loss or gradient norm is no number; the weights are then those before that step.
+    """
+
+    def __init__(self, run_dir: Path, cfg: TrainConfig, model: nn.Module, mesh: Mesh, first: int):
+        self.path, self.cfg, self.model, self.device, self.first = (
+            run_dir / "metrics.jsonl",
+            cfg,
+            model,
+            mesh.device,
+            first,
+        )
+        self.flops = Flops.of(model)
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        self.peak = peak_tflops(name)
+        self.waiting: list[tuple[dict, int, int, dict[str, Tensor]]] = []  # row, tokens, pairs, scalars on the device
+        total, active = sum(p.numel() for p in model.parameters()), self.flops.blocks + self.flops.head
+        log.info("%s: %.1f M parameters, %.1f M in matrices for each token; %s", type(model).__name__, total / 1e6,
+                 active / 1e6, name)  # fmt: skip
+
+    def __enter__(self) -> "Log":
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= self.first]  # not what came after the checkpoint
+        self.file = open(self.path, "w")  # noqa: SIM115
+        self.file.writelines(line + "\n" for line in kept)
+        self.bar = tqdm(total=self.cfg.steps, initial=self.first, unit="step", disable=None, dynamic_ncols=True)
+        self._start_window()
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+        self.file.close()
+
+    def wait_for(self, data: Iterator[list[Batch]]) -> list[Batch]:
+        """next(data), and how long that took."""
+        begin = time.perf_counter()
+        batches = next(data)
+        self.data_wait += time.perf_counter() - begin
+        return batches
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Write what waits; then what happens inside is no part of the step."""
+        self.flush()
+        yield
+        self._start_window()
+
+    def _start_window(self):
+        self.waiting, self.data_wait, self.clock = [], 0.0, time.perf_counter()
+
+    def step(self, step: int, batches: list[Batch], loss: Tensor, norm: Tensor, lr: float, extras: dict[str, Tensor]):
+        """After `step` steps: loss and extras are means over trained tokens."""
+        row = {"step": step, "lr": lr, "trained_tokens": sum(b.num_targets for b in batches)}
+        tokens, pairs = sum(len(b.tokens) for b in batches), sum(b.num_pairs for b in batches)
+        self.waiting.append((row, tokens, pairs, {"loss": loss, "grad_norm": norm, **extras}))
+        self.bar.update()
+        if step % self.cfg.log_every == 0 or step == self.cfg.steps:
+            self.flush()
+
+    def flush(self) -> None:
+        """Read the waiting values off the device, write their lines, print the last."""
+        if not self.waiting:
+            return
+        values = torch.stack([v.detach().float() for *_, scalars in self.waiting for v in scalars.values()]).tolist()
+        seconds = time.perf_counter() - self.clock  # after the device has finished
+        speed = self._speed(seconds)
+        values = iter(values)
+        for row, _, _, scalars in self.waiting:
+            row |= {name: next(values) for name in scalars} | speed
+        rows = [row for row, *_ in self.waiting]
+        if load := self._expert_load():
+            rows[-1]["expert_load"] = load
+        self.file.writelines(json.dumps(row) + "\n" for row in rows)
+        self.file.flush()
+        for row in rows:
+            if not all(abs(row[key]) < float("inf") for key in ("loss", "grad_norm")):
+                raise FloatingPointError(
+                    f"step {row['step']}: loss {row['loss']}, gradient norm {row['grad_norm']}; "
+                    "the weights are those before this step"
+                )
+        self.bar.write(_console_line(rows[-1]))
+        self._start_window()
+
+    def _speed(self, seconds) -> dict:
+        tokens, pairs = sum(n for _, n, _, _ in self.waiting), sum(n for _, _, n, _ in self.waiting)
+        tflops = {
+            "c": self.flops.causal(tokens, pairs) / seconds / 1e12,
+            "f": self.flops.full(tokens, pairs) / seconds / 1e12,
+            "h": self.flops.hardware(tokens, pairs, self.cfg.recompute) / seconds / 1e12,
+        }
+        speed = {"tokens_per_s": tokens / seconds, "step_ms": 1000 * seconds / len(self.waiting)}
+        if self.peak:
+            speed |= {
+                name: value / self.peak for name, value in zip(("mfu_c", "mfu_f", "hfu"), tflops.values(), strict=True)
+            }
+        speed |= {"tflops_c": tflops["c"], "data_wait_ms": 1000 * self.data_wait / len(self.waiting)}
+        if self.device.type == "cuda":
+            speed["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        return speed
+
+    def _expert_load(self) -> list[list[float]]:
+        """For each layer, rows that each expert got since the last line, relative to balance (1.0)."""
+        loads = [m.load for m in self.model.modules() if isinstance(getattr(m, "load", None), Tensor)]
+        if not loads:
+            return []
+        loads_LE = torch.stack(loads).float()
+        for load in loads:
+            load.zero_()
+        return (loads_LE / loads_LE.mean(1, keepdim=True).clamp(min=1e-9)).cpu().mul(100).round().div(100).tolist()
+
+
+def _console_line(row) -> str:
+    text = f"step {row['step']:>6}  loss {row['loss']:.4f}  norm {row['grad_norm']:.2f}  lr {row['lr']:.2e}"
+    text += f"  {row['tokens_per_s']:,.0f} tokens/s  {row['tflops_c']:.1f} TFLOP/s"
+    if "mfu_c" in row:
+        text += f"  MFU {row['mfu_c']:.1%} (full attention {row['mfu_f']:.1%}, hardware {row['hfu']:.1%})"
+    if "peak_gib" in row:
+        text += f"  {row['peak_gib']:.1f} GiB"
+    if "expert_load" in row:
+        text += f"  busiest expert {max(map(max, row['expert_load'])):.1f}x"
+    return text

@@ -1,0 +1,74 @@
+"""Architectures by name, building one, and its first weights."""
+
+import importlib
+import math
+import zlib
+
+import torch
+from torch import nn
+
+MODELS = {  # Hugging Face's model_type -> the class
+    "qwen3": "minitrain.models.qwen3:Qwen3ForCausalLM",
+    "qwen3_moe": "minitrain.models.qwen3_moe:Qwen3MoeForCausalLM",
+    "llama": "minitrain.models.llama:LlamaForCausalLM",
+    "qwen2": "minitrain.models.llama:Qwen2ForCausalLM",
+}
+
+
+def model_class(type: str) -> type[nn.Module]:
+    """The class for a name in MODELS, or for "module:Class" of your own. ValueError if there is none."""
+    if type not in MODELS and ":" not in type:
+        raise ValueError(f'model.type={type!r} is unknown; there are {", ".join(MODELS)}, or "module:Class"')
+    return load_object(MODELS.get(type, type))
+
+
+def load_object(path: str):
+    """What "package.module:name" names. ValueError if it is not there."""
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{path!r} cannot be imported: {error}") from None
+
+
+def build_model(cfg, device: torch.device | str = "meta") -> nn.Module:
+    """The model of a config. On "meta": names and shapes, no memory; materialize gives it weights."""
+    with torch.device(device):
+        return model_class(cfg.type)(cfg)
+
+
+def materialize(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Replace what is on meta by uninitialised parameters and zeroed buffers on `device`; ties stay ties."""
+    made = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and p.is_meta:
+                if p not in made:
+                    made[p] = nn.Parameter(torch.empty_like(p, device=device, dtype=dtype), p.requires_grad)
+                module._parameters[name] = made[p]
+        for name, b in module._buffers.items():
+            if b is not None and b.is_meta:
+                module._buffers[name] = torch.zeros_like(b, device=device)
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, seed: int) -> None:
+    """Random weights that depend on (seed, parameter name) alone: the same network under every layout.
+
+    Norm weights 1, biases 0, all else normal: initializer_range, divided by sqrt(2 * layers) where the result is
+    added to the residual stream (o_proj, down_proj), so that its variance does not grow with depth (GPT-2).
+    Stacked experts draw one seed each. Drawn in fp32 on the parameter's device, so CPU and GPU differ.
+    """
+    std = model.config.initializer_range
+    for name, p in model.named_parameters():
+        if name.endswith("norm.weight"):
+            p.fill_(1)
+        elif p.ndim == 1:
+            p.zero_()
+        else:
+            residual = "o_proj" in name or "down_proj" in name
+            scale = std / math.sqrt(2 * model.config.num_hidden_layers) if residual else std
+            pieces = [(f"{name}.{e}", expert) for e, expert in enumerate(p)] if p.ndim == 3 else [(name, p)]
+            for piece_name, piece in pieces:
+                generator = torch.Generator(p.device).manual_seed(seed + zlib.crc32(piece_name.encode()))
+                piece.copy_(torch.empty(piece.shape, device=p.device).normal_(0, scale, generator=generator))

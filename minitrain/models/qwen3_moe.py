@@ -1,0 +1,172 @@
+"""Qwen3-MoE (arXiv:2505.09388): Qwen3 whose feed-forward layers are a mixture of experts, no shared expert.
+
+The router scores E experts for each token in fp32, keeps the best A, and the token's output is their weighted sum.
+Experts are stacked, one (E, ...) tensor a matrix. A token's A copies are put in the order of their experts, so that
+each expert's rows are adjacent and all experts run as one grouped matrix product; nothing waits for the host.
+
+    x_TD --router--> experts_TA, weights_TA --sort--> x_RD in the order of experts --experts--> y_RD --sum--> (T, D)
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minitrain.batch import Batch
+from minitrain.models.layers import Attention, Block, CausalLM, DecoderConfig
+
+
+@dataclass
+class Qwen3MoeConfig(DecoderConfig):
+    """Defaults: Qwen3 30B-A3B."""
+
+    type: str = "qwen3_moe"
+    vocab_size: int = 151_936
+    hidden_size: int = 2048
+    intermediate_size: int = 6144  # of dense layers; these models have none, config.json states it all the same
+    num_hidden_layers: int = 48
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 4
+    head_dim: int | None = 128
+    attention_bias: bool = False
+    """Give q, k, v and o projections a bias."""
+    moe_intermediate_size: int = 768
+    """Width inside an expert."""
+    num_experts: int = 128
+    """Experts in each layer."""
+    num_experts_per_tok: int = 8
+    """Experts that a token goes through."""
+    norm_topk_prob: bool = True
+    """Rescale the chosen experts' weights to sum to 1."""
+    router_aux_loss_coef: float = 0.001
+    """Weight of the load-balancing loss, averaged over layers; 0 turns it off."""
+    router_z_loss_coef: float = 0.0
+    """Weight of the mean squared log-sum-exp of the router's logits, averaged over layers; 0 turns it off."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} must be between 1 and num_experts={self.num_experts}"
+            )
+
+
+class _GatherRows(torch.autograd.Function):
+    """x[index // copies], whose backward is a gather and a short sum: no atomics, and the same bits every time."""
+
+    @staticmethod
+    def forward(ctx, x_TD, index_R, inverse_R, copies):
+        ctx.save_for_backward(inverse_R)
+        ctx.copies = copies
+        return x_TD[index_R // copies]
+
+    @staticmethod
+    def backward(ctx, d_RD):
+        (inverse_R,) = ctx.saved_tensors
+        return d_RD[inverse_R].unflatten(0, (-1, ctx.copies)).sum(1), None, None, None
+
+
+class _AddLoss(torch.autograd.Function):
+    """x unchanged; in backward `loss` (a scalar) gets the gradient 1, as if it were added to the objective.
+
+    A loss made deep in the model so needs no way out through the blocks, and pipeline stages need not send it on.
+    """
+
+    @staticmethod
+    def forward(ctx, x, loss):
+        ctx.save_for_backward(loss)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, d):
+        (loss,) = ctx.saved_tensors
+        return d, torch.ones_like(loss)
+
+
+def load_balancing_loss(probs_TE: Tensor, experts_TA: Tensor) -> Tensor:
+    """E * sum over experts of (copies sent to it / T) * (its mean probability): A when balanced, at most E.
+
+    Fedus et al. 2021, arXiv:2101.03961, eq. 4, in the scale of Hugging Face's router_aux_loss_coef.
+    """
+    E = probs_TE.shape[1]
+    sent_E = F.one_hot(experts_TA, E).sum((0, 1)) / len(probs_TE)
+    return E * (sent_E * probs_TE.mean(0)).sum()
+
+
+class Experts(nn.Module):
+    """E SwiGLU layers as three stacked matrices; takes rows in the order of experts."""
+
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
+        self.up_proj = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+
+    def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
+        """x (R, D), the first counts[0] rows for expert 0 and so on; counts (E,) int64 -> (R, D)."""
+        matmul = _grouped_matmul if x_RD.is_cuda and x_RD.dtype == torch.bfloat16 else _matmul_by_expert
+        hidden_RF = F.silu(matmul(x_RD, self.gate_proj, counts_E)) * matmul(x_RD, self.up_proj, counts_E)
+        return matmul(hidden_RF, self.down_proj, counts_E)
+
+
+def _matmul_by_expert(x_RD: Tensor, w_EFD: Tensor, counts_E: Tensor) -> Tensor:
+    """The definition: x @ w[e].T for each expert's rows. Reads the counts on the host."""
+    return torch.cat([F.linear(x, w) for x, w in zip(x_RD.split(counts_E.tolist()), w_EFD, strict=True)])
+
+
+def _grouped_matmul(x_RD: Tensor, w_EFD: Tensor, counts_E: Tensor) -> Tensor:
+    """The same as one kernel, bfloat16 on the GPU, without a host sync."""
+    return torch._grouped_mm(x_RD, w_EFD.transpose(1, 2), offs=counts_E.cumsum(0).to(torch.int32))
+
+
+class MoE(nn.Module):
+    """Router and experts. `load` counts the rows that each expert got until somebody zeroes it."""
+
+    def __init__(self, cfg: Qwen3MoeConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.gate = nn.Linear(cfg.hidden_size, cfg.num_experts, bias=False)
+        self.experts = Experts(cfg.num_experts, cfg.hidden_size, cfg.moe_intermediate_size)
+        self.register_buffer("load", torch.zeros(cfg.num_experts, dtype=torch.int64), persistent=False)
+
+    def forward(self, x_TD: Tensor, batch: Batch) -> Tensor:
+        A, E = self.cfg.num_experts_per_tok, self.cfg.num_experts
+        logits_TE = F.linear(x_TD.float(), self.gate.weight.float())
+        probs_TE = logits_TE.softmax(-1)
+        weights_TA, experts_TA = probs_TE.topk(A, -1)
+        if self.cfg.norm_topk_prob:
+            weights_TA = weights_TA / weights_TA.sum(-1, keepdim=True)
+
+        sorted_R, order_R = experts_TA.flatten().sort(stable=True)
+        place_R = order_R.argsort()  # where row r went
+        ends_E = torch.searchsorted(sorted_R, torch.arange(E, device=x_TD.device), right=True)
+        counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+        self.load += counts_E
+
+        x_RD = _GatherRows.apply(x_TD, order_R, place_R, A)
+        y_RD = self.experts(x_RD, counts_E)
+        y_TAD = _GatherRows.apply(y_RD, place_R, order_R, 1).unflatten(0, (-1, A))
+        y_TD = (y_TAD * weights_TA[..., None].to(y_TAD.dtype)).sum(1)
+        return self._add_router_losses(y_TD, logits_TE, probs_TE, experts_TA, batch)
+
+    def _add_router_losses(self, y_TD, logits_TE, probs_TE, experts_TA, batch):
+        if not torch.is_grad_enabled():
+            return y_TD
+        loss = 0.0
+        if self.cfg.router_aux_loss_coef:
+            loss = loss + self.cfg.router_aux_loss_coef * load_balancing_loss(probs_TE, experts_TA)
+        if self.cfg.router_z_loss_coef:
+            loss = loss + self.cfg.router_z_loss_coef * logits_TE.logsumexp(-1).square().mean()
+        if not torch.is_tensor(loss):
+            return y_TD
+        return _AddLoss.apply(y_TD, loss * (batch.share / self.cfg.num_hidden_layers))
+
+
+class Qwen3MoeForCausalLM(CausalLM):
+    config_class = Qwen3MoeConfig
+
+    @staticmethod
+    def block(cfg: Qwen3MoeConfig) -> Block:
+        attn = Attention(cfg, qkv_bias=cfg.attention_bias, o_bias=cfg.attention_bias, qk_norm=True)
+        return Block(cfg, attn, MoE(cfg))

@@ -1,0 +1,106 @@
+"""The optimizer's side of data parallelism: fp32 master weights, fp32 gradients, one global norm.
+
+    model parameter (bf16)  --gradient of each row, added in fp32-->  master.grad
+    master (fp32, what the optimizer sees)  --after its step, rounded-->  model parameter
+
+Where the model is fp32, its parameters are their own masters. Today all of it stays on one rank; this is where the
+shards of ZeRO will be cut.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def shard_optimizer(
+    model: nn.Module, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+) -> "ShardedOptimizer":
+    """make(params) gets the master weights: any class of torch.optim, or of its shape."""
+    return ShardedOptimizer(model, make)
+
+
+class ShardedOptimizer:
+    """Any torch.optim.Optimizer over the master weights of a model. masters: {parameter's name: fp32 Parameter}.
+
+    Nothing here waits for the device, if the optimizer knows torch's grad_scale and found_inf (the fused ones do):
+    a norm that is no number then skips this step and all that follow, so that the weights stay as they were
+    until the host reads the norm and stops. For other optimizers the host looks at the norm before each step.
+    """
+
+    def __init__(self, model, make):
+        self.params = dict(model.named_parameters())
+        self.masters = {name: _master(p) for name, p in self.params.items()}
+        self.optimizer = make(list(self.masters.values()))
+        self.grad_scale = self.broken = None  # 0-d fp32: divides the gradients; 1 once a norm was no number
+        for name, p in self.params.items():
+            if self.masters[name] is not p:
+                p.register_post_accumulate_grad_hook(_grad_mover(self.masters[name]))
+
+    def clip_grad_norm(self, max_norm: float) -> Tensor:
+        """Norm of the whole gradient, fp32 scalar on the device. The step will scale it down to max_norm (0: never)."""
+        norms = torch._foreach_norm([m.grad for m in self.masters.values() if m.grad is not None])
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        self.grad_scale = (norm / max_norm).clamp(min=1) if max_norm else torch.ones_like(norm)
+        broken = (~norm.isfinite()).float()
+        self.broken = broken if self.broken is None else torch.maximum(self.broken, broken)
+        return norm
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """One step of the optimizer at this learning rate, new weights to the model, gradients gone."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            self.optimizer.grad_scale, self.optimizer.found_inf = self.grad_scale, self.broken
+            self.optimizer.step()
+        elif not self.broken.item():
+            torch._foreach_div_([m.grad for m in self.masters.values() if m.grad is not None], self.grad_scale)
+            self.optimizer.step()
+        self.write_weights()
+        for master in self.masters.values():
+            master.grad = None
+
+    @torch.no_grad()
+    def write_weights(self) -> None:
+        """Round the masters into the model's parameters."""
+        pairs = [(p, self.masters[name]) for name, p in self.params.items() if self.masters[name] is not p]
+        if pairs:
+            torch._foreach_copy_(*zip(*pairs, strict=True))
+
+    def state(self) -> dict[str, Tensor]:
+        """The optimizer's tensors by "name.key", such as "norm.weight.exp_avg"."""
+        names = {master: name for name, master in self.masters.items()}
+        return {
+            f"{names[master]}.{key}": value
+            for master, state in self.optimizer.state.items()
+            for key, value in state.items()
+            if torch.is_tensor(value)
+        }
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of state(). ValueError for a tensor whose parameter does not exist."""
+        for full_name, value in tensors.items():
+            name, _, key = full_name.rpartition(".")
+            if name not in self.masters:
+                raise ValueError(f"optimizer state for {name}, which the model has not")
+            master = self.masters[name]
+            on = value.device if value.ndim == 0 and not master.is_cuda else master.device
+            self.optimizer.state[master][key] = value.to(on, copy=True)
+
+
+def _master(p: nn.Parameter) -> nn.Parameter:
+    return p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
+
+
+def _grad_mover(master: nn.Parameter) -> Callable[[Tensor], None]:
+    """Called with a parameter whose gradient is complete for this row: adds it to the master's, in fp32."""
+
+    def move(p):
+        if master.grad is None:
+            master.grad = p.grad.float()
+        else:
+            master.grad.add_(p.grad)
+        p.grad = None
+
+    return move

@@ -1,0 +1,146 @@
+"""Files that cannot be half-written and cannot run code: safetensors and JSON, synced before they are named.
+
+    8 bytes: length of the header | header: JSON, {name: {dtype, shape, data_offsets}} | the tensors' bytes
+
+Written here, because the library's writer needs numpy and knows neither checksums nor fsync; read by the library,
+behind caps of our own (a header of 87 MB takes it 35 s and 3 GB to parse). Format: github.com/huggingface/safetensors.
+"""
+
+import ctypes
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from minitrain.config import UserError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_MAX_HEADER_BYTES = 10 << 20
+_MAX_TENSORS = 200_000
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Write and sync one file, a tensor at a time (host memory: one tensor). -> sha256 of the file, in hex."""
+    header, offset = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
+    for name, t in tensors.items():
+        size = t.numel() * t.element_size()
+        header[name] = {"dtype": _CODES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that 8-byte numbers lie on 8-byte borders when the file is mapped
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+
+        def put(piece):
+            digest.update(piece)
+            file.write(piece)
+
+        put(len(text).to_bytes(8, "little") + text)
+        for t in tensors.values():
+            t = t.detach().cpu().contiguous()
+            if t.numel():
+                put((ctypes.c_char * (t.numel() * t.element_size())).from_address(t.data_ptr()))
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def open_safetensors(path: Path) -> safe_open:
+    """The library's reader of one file: tensors are mapped, and read when used. UserError if the file is no good."""
+    try:
+        with open(path, "rb") as file:
+            size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+        if length > min(size - 8, _MAX_HEADER_BYTES):
+            raise UserError(f"{path}: not a whole safetensors file: its header claims {length} bytes of {size}")
+        reader = safe_open(path, framework="pt")
+        if len(reader.keys()) > _MAX_TENSORS:
+            raise UserError(f"{path}: {len(reader.keys())} tensors, more than {_MAX_TENSORS}")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as safetensors: {error}") from None
+    return reader
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value) -> None:
+    """Write and sync."""
+    with open(path, "w") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_json(path: Path):
+    """UserError if it is absent or no JSON."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+
+
+class NewFolder:
+    """`with NewFolder(path) as tmp:` fill tmp; it becomes `path` when the block ends, and vanishes if the block raises.
+
+    A reader so finds a whole folder or none. replace: an older folder of that name gives way to the new one.
+    """
+
+    def __init__(self, path: Path, replace: bool = False):
+        self.path, self.replace = Path(path), replace
+        self.tmp = self.path.with_name(self.path.name + ".tmp")
+
+    def __enter__(self) -> Path:
+        if self.path.exists() and not self.replace:
+            raise UserError(f"{self.path} exists already")
+        try:
+            shutil.rmtree(self.tmp, ignore_errors=True)
+            self.tmp.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
+        return self.tmp
+
+    def __exit__(self, failed, *_):
+        if failed:
+            shutil.rmtree(self.tmp, ignore_errors=True)
+            return
+        _sync_folder(self.tmp)
+        if self.path.exists():
+            old = self.path.with_name(self.path.name + ".old")
+            shutil.rmtree(old, ignore_errors=True)
+            self.path.rename(old)
+            self.tmp.rename(self.path)
+            shutil.rmtree(old)
+        else:
+            self.tmp.rename(self.path)
+        _sync_folder(self.path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,118 @@
+"""The training loop: read train(), then whatever it calls.
+
+Everything here is a function of modules that you can import; who needs another loop writes their own twenty lines.
+"""
+
+import platform
+import subprocess
+from collections.abc import Callable, Iterator
+from importlib.metadata import distributions
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minitrain.batch import Batch
+from minitrain.checkpoint import Checkpointer
+from minitrain.config import Config, UserError, to_toml
+from minitrain.data import PackedData
+from minitrain.hf import find_folder, load_weights
+from minitrain.metrics import Log
+from minitrain.models import build_model, init_weights, load_object, materialize
+from minitrain.optim import adamw, lr_at
+from minitrain.parallel import compute_dtype, parallelize
+from minitrain.parallel.mesh import Mesh, init_mesh
+from minitrain.parallel.zero import shard_optimizer
+
+
+def train(
+    cfg: Config,
+    *,
+    model: nn.Module | None = None,
+    loss_fn: Callable | None = None,
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+    data: Iterator[list[Batch]] | None = None,
+    on_step: Callable[[int, nn.Module, dict], None] | None = None,
+) -> nn.Module:
+    """Train as the config says, and return the model. Each keyword replaces a part by one of your own.
+
+    model: any module of CausalLM's shape, with weights or on meta.
+    loss_fn: (hidden, head, batch) -> (sum, {name: sum}).
+    optimizer: list of parameters -> torch.optim.Optimizer.
+    data: an iterator of lists of Batch, one list a step.
+    on_step: called after each step with (steps done, model, extras of the loss).
+    Raises UserError for settings and files that do not fit, FloatingPointError when the loss is no number.
+    """
+    mesh = init_mesh(cfg.train.device)
+    loss_fn = loss_fn or load_object(cfg.train.loss)
+    model = model or build_model(cfg.model)  # on meta: names and shapes, no bytes
+    data = data or PackedData(cfg.data, mesh, model.config.vocab_size)
+    set_weights(model, cfg, mesh)
+    model = parallelize(model, mesh, cfg.train)
+    opt = shard_optimizer(model, optimizer or adamw(cfg.optim))
+    ckpt = Checkpointer(cfg.checkpoint, Path(cfg.run_dir), opt, data)
+    first = ckpt.resume()
+    with Log(open_run(cfg), cfg.train, model, mesh, first) as log:
+        for step in range(first, cfg.train.steps):
+            batches = log.wait_for(data)  # this rank's rows of the step
+            tokens = mesh.sum(sum(b.num_targets for b in batches))  # trained tokens, all ranks
+            loss, extras = forward_backward(model, batches, loss_fn, scale=1 / max(1, tokens))
+            norm = opt.clip_grad_norm(cfg.optim.max_norm)  # stays on the device
+            lr = lr_at(step, cfg.optim, cfg.train.steps)
+            opt.step(lr)
+            log.step(step + 1, batches, loss, norm, lr, extras)
+            if on_step:
+                on_step(step + 1, model, extras)
+            if ckpt.is_due(step + 1, cfg.train.steps):
+                with log.pause():  # raises if the loss is no number, before anything is saved
+                    ckpt.save(step + 1)
+    return model
+
+
+def forward_backward(
+    model: nn.Module, batches: list[Batch], loss_fn: Callable, scale: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Gradients of scale * (sum of the rows' losses), added up row by row. -> scaled loss and extras, detached."""
+    total, extras = 0.0, {}
+    for batch in batches:
+        loss, named = loss_fn(model(batch), model.lm_head, batch)
+        (loss * scale).backward()
+        total = total + loss.detach() * scale
+        for name, value in named.items():
+            extras[name] = extras.get(name, 0.0) + value.detach() * scale
+    return total, extras
+
+
+@torch.no_grad()
+def set_weights(model: nn.Module, cfg: Config, mesh: Mesh) -> None:
+    """Put the model on the device in the compute dtype; one that is on meta gets the pretrained or random weights."""
+    is_new = next(model.parameters()).is_meta
+    dtype = compute_dtype(mesh, cfg.train)
+    if not is_new:
+        model.to(mesh.device, dtype)
+        return
+    materialize(model, mesh.device, dtype)
+    if cfg.model.pretrained:
+        load_weights(model, find_folder(cfg.model.pretrained))
+    else:
+        init_weights(model, cfg.train.seed)
+
+
+def open_run(cfg: Config) -> Path:
+    """The run's folder, with what is needed to repeat the run: config.toml and environment.txt."""
+    folder = Path(cfg.run_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.toml").write_text(to_toml(cfg))
+        (folder / "environment.txt").write_text(_environment())
+    except OSError as error:
+        raise UserError(f"run_dir={cfg.run_dir}: cannot be written: {error.strerror}") from None
+    return folder
+
+
+def _environment() -> str:
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    packages = sorted({f"{d.name}=={d.version}" for d in distributions()})
+    return "\n".join([f"git {git.stdout.strip()}", f"python {platform.python_version()}", *packages]) + "\n"

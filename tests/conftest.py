@@ -1,0 +1,53 @@
+"""Shared by the tests: a tiny corpus, tiny models, and one seed."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches the network
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+
+from minitrain.storage import sha256, write_json, write_safetensors
+
+TINY = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def write_corpus(folder, documents, vocab_size=101, shards=1):
+    """A finished folder of token shards, as tools/prepare_data.py leaves it, with these lists of ids as documents."""
+    folder.mkdir(parents=True, exist_ok=True)
+    words = {str(i): i for i in range(vocab_size)}
+    Tokenizer(models.WordLevel(words, unk_token="0")).save(str(folder / "tokenizer.json"))
+    metadata = {
+        "tokenizer_sha256": sha256(folder / "tokenizer.json"), "vocab_size": str(vocab_size), "eos_token_id": ""
+    }  # fmt: skip
+    for i in range(shards):
+        mine = documents[i::shards]
+        offsets = torch.tensor([0, *(len(d) for d in mine)]).cumsum(0)
+        tokens = torch.tensor([t for d in mine for t in d], dtype=torch.int64).to(torch.uint16)
+        tensors = {"tokens": tokens, "document_offsets": offsets}
+        write_safetensors(folder / f"shard-{i:05}.safetensors", tensors, metadata)
+    write_json(folder / "report.json", {"tokens": sum(map(len, documents))})
+    return folder
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """300 documents of 1 to 60 tokens that count upwards: learnable in a few steps."""
+    generator = torch.Generator().manual_seed(0)
+    begins = torch.randint(0, 97, (300,), generator=generator).tolist()
+    lengths = torch.randint(1, 61, (300,), generator=generator).tolist()
+    return write_corpus(tmp_path / "corpus", [[(b + i) % 97 for i in range(n)] for b, n in zip(begins, lengths)])
