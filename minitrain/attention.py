@@ -92,7 +92,9 @@ def why_not(name: str, facts: Facts) -> str | None:
         return f"torch {torch.__version__} has no window_size in varlen_attn"
     if name in ("flash_attn", "xformers") and importlib.util.find_spec(name) is None:
         return f"the package {name} is not installed"
-    if name == "flex" and facts.device == "cuda" and facts.head_dim & (facts.head_dim - 1):
+    if name == "flex" and facts.device != "cuda":
+        return f"it has no backward on {facts.device}"
+    if name == "flex" and facts.head_dim & (facts.head_dim - 1):
         return f"head dim {facts.head_dim} is not a power of two"
     return None
 
@@ -176,6 +178,7 @@ _SDPA_ORDER = [
 ]
 
 
+@torch.compiler.disable  # lengths are read on the host: one clean break of a compiled caller's graph
 def _each_document(one, q_THC, k_SKC, v_SKC, cu_q, cu_k):
     """one(q, k, v) of each document, put together again; copies cu_seqlens to the host."""
     q_ends, k_ends = cu_q.tolist(), cu_k.tolist()
@@ -202,7 +205,10 @@ def varlen(q_THC, k_SKC, v_SKC, cu_q, cu_k, max_seqlen, window):
 
 
 def flex(q_THC, k_SKC, v_SKC, cu_q, cu_k, max_seqlen, window):
-    """FlexAttention, its document mask made for each call; no host sync. Compiled on the GPU, plain torch elsewhere."""
+    """FlexAttention, its document mask made for each call; no host sync. Compiled on the GPU, plain torch elsewhere.
+
+    NOTE: a NaN in one document can reach its neighbours: what the mask hides is multiplied by 0, not left out.
+    """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     doc_T, place_T = _document_and_place(len(q_THC), cu_q)

@@ -18,6 +18,7 @@ from minitrain.parallel.zero import ShardedOptimizer
 from minitrain.storage import NewFolder, open_safetensors, read_json, sha256, write_json, write_safetensors
 
 FORMAT = 1
+FILES = ("model.safetensors", "optimizer.safetensors")
 
 
 class Checkpointer:
@@ -37,49 +38,72 @@ class Checkpointer:
         return sorted(p for p in self.folder.glob("step-*") if p.name[5:].isdigit())
 
     def resume(self) -> int:
-        """Restore the newest checkpoint, if there is one. -> how many steps are done."""
+        """Restore the newest checkpoint, if there is one. -> how many steps are done.
+
+        UserError if it is damaged, or of another model, optimizer or corpus; nothing is changed then.
+        """
         if not self.find():
             return 0
         path = self.find()[-1]
-        manifest = read_json(path / "manifest.json")
-        if manifest.get("format") != FORMAT:
-            raise UserError(f"{path}: format {manifest.get('format')}, this version reads {FORMAT}")
-        step = manifest["step"]
-        for file, digest in manifest["sha256"].items():
-            if sha256(path / file) != digest:
-                raise UserError(f"{path / file}: damaged: its sha256 is not the one in manifest.json")
-        weights = open_safetensors(path / "model.safetensors")
+        manifest = _read_manifest(path)
+        if manifest["optimizer"] != self._optimizer:
+            raise UserError(f"{path}: of another optimizer: {manifest['optimizer']} there, {self._optimizer} here")
+        weights, state = (open_safetensors(path / file) for file in FILES)
         shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
         wanted = {name: tuple(master.shape) for name, master in self.opt.masters.items()}
         if wrong := [n for n in sorted(shapes | wanted) if shapes.get(n) != wanted.get(n)]:
             n = wrong[0]
             raise UserError(f"{path}: of another model: {n} is {shapes.get(n)} there and {wanted.get(n)} in the config")
+        if (manifest["data"] is not None) != hasattr(self.data, "load_state"):
+            raise UserError(f"{path}: of a run on another kind of data: one has state() and load_state(), one has not")
+        if manifest["data"] is not None:
+            self.data.load_state(manifest["data"])
+        else:
+            for _ in range(manifest["step"]):
+                next(self.data)
         with torch.no_grad():
             for name, master in self.opt.masters.items():
                 master.copy_(weights.get_tensor(name))
         self.opt.write_weights()
-        state = open_safetensors(path / "optimizer.safetensors")
         self.opt.load_state({name: state.get_tensor(name) for name in state.keys()})  # noqa: SIM118
-        if manifest["data"] is not None:
-            self.data.load_state(manifest["data"])
-        else:
-            for _ in range(step):
-                next(self.data)
-        return step
+        return manifest["step"]
+
+    @property
+    def _optimizer(self) -> str:
+        return type(self.opt.optimizer).__name__
 
     def is_due(self, step: int, steps: int) -> bool:
         """After `step` of `steps` steps."""
-        return step % self.cfg.every == 0 or step == steps
+        return self.cfg.every > 0 and (step % self.cfg.every == 0 or step == steps)
 
     def save(self, step: int) -> None:
         """Write the state after `step` steps, then delete what is older than the newest cfg.keep."""
         path = self.folder / f"step-{step:08}"
         with NewFolder(path, replace=True) as tmp:
-            digests = {
-                "model.safetensors": write_safetensors(tmp / "model.safetensors", self.opt.masters),
-                "optimizer.safetensors": write_safetensors(tmp / "optimizer.safetensors", self.opt.state()),
+            tensors = zip(FILES, (self.opt.masters, self.opt.state()), strict=True)
+            manifest = {
+                "format": FORMAT,
+                "step": step,
+                "optimizer": self._optimizer,
+                "data": self.data.state() if hasattr(self.data, "load_state") else None,
+                "sha256": {file: write_safetensors(tmp / file, of) for file, of in tensors},
             }
-            place = self.data.state() if hasattr(self.data, "state") else None
-            write_json(tmp / "manifest.json", {"format": FORMAT, "step": step, "data": place, "sha256": digests})
+            write_json(tmp / "manifest.json", manifest)
         for old in self.find()[: -self.cfg.keep]:
             shutil.rmtree(old)
+
+
+def _read_manifest(path: Path) -> dict:
+    """manifest.json of a checkpoint, checked against the folder's name and its files' bytes."""
+    manifest = read_json(path / "manifest.json")
+    format = manifest.get("format") if isinstance(manifest, dict) else None
+    if format != FORMAT:
+        raise UserError(f"{path}: format {format}, this version reads {FORMAT}")
+    if not manifest.keys() >= {"optimizer", "data", "sha256"} or manifest.get("step") != int(path.name[5:]):
+        raise UserError(f"{path / 'manifest.json'}: damaged: it is not this checkpoint's")
+    for file in FILES:
+        if not (path / file).exists():
+            raise UserError(f"{path / file}: no such file")
+        if sha256(path / file) != manifest["sha256"].get(file):
+            raise UserError(f"{path / file}: damaged: its sha256 is not the one in manifest.json")
+    return manifest

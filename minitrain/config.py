@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import io
 import json
+import re
 import sys
 import tomllib
 from collections.abc import Callable
@@ -107,7 +108,7 @@ class TrainConfig:
 @dataclass
 class CheckpointConfig:
     every: int = 1000
-    """Steps between checkpoints; the last step always makes one."""
+    """Steps between checkpoints, and one after the last step; 0: none at all."""
     keep: int = 2
     """Newest checkpoints that are kept."""
     resume: bool = True
@@ -116,7 +117,8 @@ class CheckpointConfig:
     """At the end, write run_dir/export: a Hugging Face folder that transformers and other tools load."""
 
     def __post_init__(self):
-        _at_least(1, checkpoint__every=self.every, checkpoint__keep=self.keep)
+        _at_least(0, checkpoint__every=self.every)
+        _at_least(1, checkpoint__keep=self.keep)
 
 
 @dataclass
@@ -153,15 +155,15 @@ def load_config(path: str | Path | None, flags: list[str], model_config: Callabl
     model_config(type, pretrained) -> the model's config with its defaults (minitrain.hf.default_config).
     """
     settings = _read_toml(path) if path else {}
-    flags = [{"true": "True", "false": "False"}.get(flag, flag) for part in flags for flag in _split(part)]
-    given = {flag[2:] for flag in flags if flag.startswith("--")}
-
-    def early(key):  # what decides which settings there are
-        return flags[flags.index(f"--{key}") + 1] if key in given else settings.get(key)
-
+    given = {}
+    for flag, after in zip(flags, [*flags[1:], ""], strict=True):
+        if flag.startswith("--"):
+            key, has_value, value = flag[2:].partition("=")
+            given[key] = value if has_value else after
+    early = {key: str(value) for key, value in (settings | given).items()}  # what decides which settings there are
     try:
-        model = model_config(early("model.type") or "", early("model.pretrained") or "")
-    except (ValueError, IndexError) as error:
+        model = model_config(early.get("model.type", ""), early.get("model.pretrained", ""))
+    except ValueError as error:
         raise UserError(str(error)) from None
     schema = dataclasses.make_dataclass(
         "Config", [("model", type(model), field(default_factory=lambda: model))], bases=(Config,)
@@ -169,14 +171,13 @@ def load_config(path: str | Path | None, flags: list[str], model_config: Callabl
     known = _keys(schema)
     for key in settings:
         _check_known(key, known, f"{path}: ")
-    for key in given - {"help"}:
+    for key in given.keys() - {"help"}:
         _check_known(key, known, "--")
-    merged = [word for key, value in settings.items() if key not in given for word in (f"--{key}", *_words(value))]
-    return _run_tyro(schema, merged + flags)
+    merged = [word for key, value in settings.items() if key not in given for word in _as_flag(key, value)]
+    return _run_tyro(schema, merged + [_TRUTH.sub(lambda m: m[0].capitalize(), flag) for flag in flags])
 
 
-def _split(flag):
-    return flag.split("=", 1) if flag.startswith("--") and "=" in flag else [flag]
+_TRUTH = re.compile(r"(?<==)(true|false)$|^(true|false)$")  # TOML's spelling; tyro knows Python's
 
 
 def _read_toml(path) -> dict[str, Any]:
@@ -208,10 +209,10 @@ def _check_known(key, known, prefix):
         raise UserError(f"{prefix}{key}: no such setting" + (f"; did you mean {near[0]}?" if near else ""))
 
 
-def _words(value) -> list[str]:
+def _as_flag(key, value) -> list[str]:
     if isinstance(value, dict):
-        return [str(word) for pair in value.items() for word in pair]
-    return [str(value)]
+        return [f"--{key}", *(str(word) for pair in value.items() for word in pair)]
+    return [f"--{key}={value}"]
 
 
 def _run_tyro(schema, flags) -> Config:
@@ -233,7 +234,7 @@ def _run_tyro(schema, flags) -> Config:
     lines = [line.strip("│ ") for line in complaint.getvalue().splitlines() if line.startswith("│")]
     end = next((i for i, line in enumerate(lines) if not line or set(line) == {"─"}), len(lines))
     text = " ".join(lines[:end])
-    raise UserError(text.removeprefix("Error parsing ").partition(": ")[2] if "=" in text else text)
+    raise UserError(re.sub(r"^Error parsing ((?!--)[^:]*: )?", "", text))  # a section's own checks name the setting
 
 
 # ---- the way back
@@ -257,7 +258,9 @@ def _toml_row(key, value) -> str | None:
         return None
     if isinstance(value, dict):
         return f"{key} = {{ {', '.join(_toml_row(k, v) for k, v in value.items())} }}"
-    return f"{key} = {json.dumps(value)}"
+    if isinstance(value, float):
+        return f"{key} = {value!r}"  # inf, which JSON spells otherwise
+    return f"{key} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f")
 
 
 def exit_with(error: Exception) -> None:

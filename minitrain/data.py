@@ -9,6 +9,8 @@ A row may cut a piece; the rest begins the next row, also across epochs, so no t
 a cut document's last token is known and is trained on. Where a run stands in the stream is its step, nothing else.
 """
 
+import math
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +37,7 @@ class PackedData:
         self.pieces = _split(self.shards, cfg.max_seqlen)
         self.epoch_tokens = int(self.pieces.length.sum())
         self.epochs: dict[int, tuple[Tensor, Tensor]] = {}
-        self.num_documents = 0  # room in cu_seqlens: the fullest row of the epochs so far
+        self.num_documents = 0  # room in cu_seqlens
         self.step = 0
         self.thread, self.ahead = ThreadPoolExecutor(1), None
 
@@ -57,6 +59,8 @@ class PackedData:
             raise UserError(
                 f"data.path={self.cfg.path}: not the corpus (or not the max_seqlen) that this run began with"
             )
+        if self.ahead:
+            self.ahead.result()  # the thread and this object share the epochs' orders
         self.step, self.ahead = state["step"], None
 
     def make_step(self, step: int) -> list[Batch]:
@@ -80,7 +84,7 @@ class PackedData:
                 at += self._copy(piece, skip, tokens[at:], targets[at:])
                 if at == T:
                     break
-        self.num_documents = max(self.num_documents, len(starts))
+        self._make_room(len(starts))
         cu_seqlens = torch.full((self.num_documents + 1,), T, dtype=torch.int32)
         cu_seqlens[: len(starts)] = torch.tensor(starts)
         start_of = torch.zeros(T, dtype=torch.int64)
@@ -107,15 +111,26 @@ class PackedData:
     def epoch(self, e: int) -> tuple[Tensor, Tensor]:
         """The pieces in epoch e's order, and where each ends, in tokens since the epoch began."""
         if e not in self.epochs:
-            order = torch.randperm(len(self.pieces.length), generator=torch.Generator().manual_seed(self.cfg.seed + e))
+            seed = zlib.crc32(f"{self.cfg.seed}.{e}".encode())  # seed + e would make seed 1 a late start of seed 0
+            order = torch.randperm(len(self.pieces.length), generator=torch.Generator().manual_seed(seed))
             ends = self.pieces.length[order].cumsum(0)
             T, last = self.cfg.tokens_per_row, self.epoch_tokens - 1
             starts = torch.arange(-(e * self.epoch_tokens % T), self.epoch_tokens, T)  # of the rows, in this epoch
             first_piece = torch.searchsorted(ends, starts.clamp(min=0), right=True)
             last_piece = torch.searchsorted(ends, (starts + T - 1).clamp(max=last), right=True)
-            self.num_documents = max(self.num_documents, int((last_piece - first_piece).max()) + 1)
+            self._make_room(int((last_piece - first_piece).max()) + 1)
             self.epochs = {k: v for k, v in self.epochs.items() if k == e - 1} | {e: (order, ends)}
         return self.epochs[e]
+
+    def _make_room(self, documents: int) -> None:
+        """For so many in a row, and some to spare: compiled code is compiled again when cu_seqlens changes its shape.
+
+        All borders, of documents and of rows, are multiples of one number: a row cannot hold more pieces than of these.
+        """
+        if documents > self.num_documents:
+            T = self.cfg.tokens_per_row
+            unit = math.gcd(T, *self.pieces.length.bincount().nonzero()[:, 0].tolist())
+            self.num_documents = min(documents + documents // 4 + 8, T // unit)
 
 
 # ---- shards and pieces
@@ -147,6 +162,8 @@ def _open_shards(folder: str, vocab_size: int) -> list[Shard]:
         raise UserError(f"data.path={folder}: no such folder; tools/prepare_data.py makes one")
     if not (path / "report.json").exists():
         raise UserError(f"data.path={folder}: has no report.json, so its preparation did not finish")
+    if not (path / "tokenizer.json").exists():
+        raise UserError(f"data.path={folder}: has no tokenizer.json")
     tokenizer = sha256(path / "tokenizer.json")
     shards = []
     for file in sorted(path.glob("*.safetensors")):
@@ -154,13 +171,17 @@ def _open_shards(folder: str, vocab_size: int) -> list[Shard]:
         metadata = reader.metadata() or {}
         if set(reader.keys()) != {"tokens", "document_offsets"} or "vocab_size" not in metadata:
             raise UserError(f"{file}: not a token shard")
-        if metadata["tokenizer_sha256"] != tokenizer:
+        if metadata.get("tokenizer_sha256") != tokenizer:
             raise UserError(f"{file}: made with another tokenizer than {path / 'tokenizer.json'}")
         if int(metadata["vocab_size"]) > vocab_size:
             raise UserError(
                 f"model.vocab_size={vocab_size} is smaller than the tokenizer's {metadata['vocab_size']} in {path}"
             )
-        shards.append(Shard(file, reader.get_tensor("tokens"), reader.get_tensor("document_offsets"), tokenizer))
+        shard = Shard(file, reader.get_tensor("tokens"), reader.get_tensor("document_offsets"), tokenizer)
+        borders = shard.document_offsets.long()
+        if not len(borders) or borders[0] != 0 or borders[-1] != len(shard.tokens) or (borders.diff() < 0).any():
+            raise UserError(f"{file}: damaged: document_offsets do not rise from 0 to its {len(shard.tokens)} tokens")
+        shards.append(shard)
     if not any(len(s.tokens) for s in shards):
         raise UserError(f"data.path={folder}: holds no tokens")
     return shards

@@ -33,6 +33,7 @@ CARRIED = (  # files of a model's folder that go along with its weights, where t
     "chat_template.jinja",
     "generation_config.json",
 )
+_RENAMED = {"num_local_experts": "num_experts"}  # keys of transformers 5's config.json
 _SHARD_BYTES = 5 << 30
 
 
@@ -54,7 +55,10 @@ def from_pretrained(
         raise UserError(f"{folder}: holds a {type(model).__name__}, not a {model_class.__name__}")
     if dtype is None:
         raw = read_json(folder / "config.json")
-        dtype = getattr(torch, str(raw.get("torch_dtype") or raw.get("dtype") or "float32"))
+        stored = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+        dtype = getattr(torch, str(stored), None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise UserError(f"{folder / 'config.json'}: dtype={stored!r} is no floating-point dtype of torch")
     materialize(model, device, dtype)
     load_weights(model, folder)
     return model
@@ -112,6 +116,7 @@ def read_config(folder: Path) -> DecoderConfig:
         raise UserError(f"{where}: not supported: {', '.join(bad)}")
     rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta"), **(raw.get("rope_scaling") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
+    raw = {_RENAMED.get(key, key): value for key, value in raw.items()}
     known = {
         "num_key_value_heads": raw.get("num_attention_heads"),  # what transformers takes where they are absent
         "tie_word_embeddings": False,

@@ -112,10 +112,12 @@ class Log:
                  active / 1e6, name)  # fmt: skip
 
     def __enter__(self) -> "Log":
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= self.first]  # not what came after the checkpoint
-        self.file = open(self.path, "w")  # noqa: SIM115
-        self.file.writelines(line + "\n" for line in kept)
+        self.path.touch()
+        self.file, end = open(self.path, "r+"), 0
+        while (line := self.file.readline()).endswith("\n") and json.loads(line)["step"] <= self.first:
+            end = self.file.tell()
+        self.file.seek(end)
+        self.file.truncate()  # what came after the checkpoint, and a line that was being written
         self.bar = tqdm(total=self.cfg.steps, initial=self.first, unit="step", disable=None, dynamic_ncols=True)
         self._start_window()
         return self

@@ -61,6 +61,8 @@ def init_weights(model: nn.Module, seed: int) -> None:
     """
     std = model.config.initializer_range
     for name, p in model.named_parameters():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            name = "embed_tokens.weight"  # a pipeline's last part has the tied matrix without the embedding
         if name.endswith("norm.weight"):
             p.fill_(1)
         elif p.ndim == 1:

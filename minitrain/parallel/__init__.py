@@ -12,14 +12,14 @@ from minitrain.parallel.mesh import Mesh
 
 
 def parallelize(model: nn.Module, mesh: Mesh, cfg: TrainConfig) -> nn.Module:
-    """Choose the attention backend, then recompute, then compile each block."""
+    """Choose the attention backend, compile each block's forward, then recompute it in backward where asked for."""
     if cfg.attention != "auto":
         _use_attention(model, mesh, cfg)
     for block in model.layers.values():
+        if cfg.compile == "on" or (cfg.compile == "auto" and mesh.device.type == "cuda"):
+            block.forward = torch.compile(block.forward, dynamic=False)
         if cfg.recompute == "full":
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        if cfg.compile == "on" or (cfg.compile == "auto" and mesh.device.type == "cuda"):
-            block.compile(dynamic=False)
     return model
 
 

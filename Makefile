@@ -1,0 +1,33 @@
+# make quickstart   install, then train a small Qwen3 on Python's own library and let it write code
+# make test         the tests;  make lint;  make bench [CONFIG=...]
+# TORCH names the torch to install, for example TORCH=torch==2.10.0 or a wheel of a CPU-only build.
+
+TORCH ?= torch>=2.10
+PYTHON ?= python3
+CONFIG ?= configs/quickstart.toml
+PY := .venv/bin/python
+
+.PHONY: quickstart test lint bench
+
+quickstart: .venv/ready
+	$(PY) tools/prepare_data.py "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" --suffixes .py \
+		--exclude test tests site-packages idlelib lib2to3 __pycache__ --train-tokenizer 4096 --out runs/quickstart/data --overwrite
+	rm -rf runs/quickstart/run
+	$(PY) -m minitrain --config configs/quickstart.toml
+
+test: .venv/ready
+	$(PY) -m pytest
+
+lint: .venv/ready
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+bench: .venv/ready
+	$(PY) tools/bench_step.py --config $(CONFIG)
+
+.venv/ready: pyproject.toml setup.py $(wildcard kernels/*)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "minitrain needs Python 3.11 or later; make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@

@@ -1,0 +1,46 @@
+// What every launcher needs: CUDA errors as exceptions that carry the sizes, and the device a pointer lives on.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace minitrain {
+
+using Sizes = std::initializer_list<std::pair<const char*, int64_t>>;
+
+// Throws std::runtime_error "what(rows=4, vocab=7): cudaErrorName: text". Costs nothing when there is no error.
+inline void check(cudaError_t error, const char* what, Sizes sizes = {}) {
+    if (error == cudaSuccess) return;
+    std::string message = what;
+    const char* before = "(";
+    for (const auto& [name, value] : sizes) {
+        message += before + std::string(name) + "=" + std::to_string(value);
+        before = ", ";
+    }
+    if (sizes.size() > 0) message += ")";
+    throw std::runtime_error(message + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
+}
+
+// Makes `device` the calling thread's current one while it lives, then the former one again.
+class OnDevice {
+public:
+    explicit OnDevice(int device) : device_(device) {
+        check(cudaGetDevice(&former_), "cudaGetDevice");
+        if (former_ != device_) check(cudaSetDevice(device_), "cudaSetDevice", {{"device", device_}});
+    }
+    ~OnDevice() {
+        if (former_ != device_) cudaSetDevice(former_);
+    }
+    OnDevice(const OnDevice&) = delete;
+    OnDevice& operator=(const OnDevice&) = delete;
+
+private:
+    int device_, former_ = 0;
+};
+
+}  // namespace minitrain

@@ -1,0 +1,96 @@
+"""Speed and memory of the training step itself: random weights, made-up tokens, everything of a step inside the time.
+
+    python tools/bench_step.py --config configs/qwen3_0.6b.toml [--documents 4096 | 64:8192] [--section.key value ...]
+
+--documents: every document of this length (default: data.max_seqlen), or lengths drawn log-uniformly from a range.
+It runs minitrain's own train() for train.steps steps (default 30) and reads its metrics; the first third is warm-up.
+Prints one row of a table, with the figures that minitrain/metrics.py defines.
+"""
+
+import json
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import minitrain as mt
+from minitrain.config import Config, UserError, exit_with, load_config
+from minitrain.hf import default_config
+from minitrain.parallel.mesh import init_mesh
+
+
+def made_up_rows(cfg: Config, documents: str, device: torch.device) -> Iterator[list[mt.Batch]]:
+    """Rows of random tokens, each filled with documents of random content; new ones every step."""
+    generator = torch.Generator().manual_seed(0)
+    low, _, high = documents.partition(":")
+    low, high = int(low), int(high or low)
+    T, most = cfg.data.tokens_per_row, cfg.data.tokens_per_row // low + 1
+
+    def row():
+        lengths = []
+        while sum(lengths) < T:
+            drawn = math.exp(math.log(low) + (math.log(high) - math.log(low)) * torch.rand(1, generator=generator).item())
+            lengths.append(min(round(drawn), T - sum(lengths)))
+        tokens = torch.randint(0, cfg.model.vocab_size, (T,), generator=generator)
+        batch = mt.Batch.pack(list(tokens.split(lengths)), max_seqlen=high)
+        batch.share = 1 / cfg.data.rows_per_step
+        if low != high:  # a fixed number of documents, as the data loader has it
+            padding = torch.full((most - len(lengths),), T, dtype=torch.int32)
+            batch.cu_seqlens_q = batch.cu_seqlens_k = torch.cat([batch.cu_seqlens_q, padding])
+        return batch.pin_memory() if device.type == "cuda" else batch
+
+    while True:
+        yield [row().to(device) for _ in range(cfg.data.rows_per_step)]
+
+
+def bench(cfg: Config, documents: str) -> dict:
+    """The medians over the later two thirds of a run's steps."""
+    device = init_mesh(cfg.train.device).device
+    mt.train(cfg, data=made_up_rows(cfg, documents, device))
+    rows = [json.loads(line) for line in (Path(cfg.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    rows = rows[len(rows) // 3 :]
+    numbers = [key for key in rows[-1] if isinstance(rows[-1][key], int | float)]
+    return {key: statistics.median(row[key] for row in rows) for key in numbers}
+
+
+def main() -> None:
+    flags = sys.argv[1:]
+    options = {"--config": None, "--documents": None}
+    for name in options:
+        if name in flags:
+            i = flags.index(name)
+            options[name], flags = flags[i + 1], flags[:i] + flags[i + 2 :]
+    with tempfile.TemporaryDirectory() as folder:
+        defaults = {"--train.steps": "30", "--train.log_every": "5", "--data.rows_per_step": "1"}
+        for name, value in defaults.items():
+            if name not in flags:
+                flags += [name, value]
+        cfg = load_config(options["--config"], [*flags, "--checkpoint.every", "0", "--run_dir", folder], default_config)
+        documents = options["--documents"] or str(cfg.data.max_seqlen)
+        result = bench(cfg, documents)
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(f"\n{where}, torch {torch.__version__}, {cfg.model.type}, documents {documents}")
+    columns = {
+        "tokens a step": f"{cfg.data.rows_per_step} x {cfg.data.tokens_per_row:,}",
+        "tokens/s": f"{result['tokens_per_s']:,.0f}",
+        "ms a step": f"{result['step_ms']:,.1f}",
+        "TFLOP/s (C)": f"{result['tflops_c']:.1f}",
+        "MFU C": f"{result['mfu_c']:.1%}" if "mfu_c" in result else "-",
+        "MFU F": f"{result['mfu_f']:.1%}" if "mfu_f" in result else "-",
+        "HFU": f"{result['hfu']:.1%}" if "hfu" in result else "-",
+        "peak GiB": f"{result['peak_gib']:.1f}" if "peak_gib" in result else "-",
+        "data wait ms": f"{result['data_wait_ms']:.2f}",
+    }
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    print("| " + " | ".join(columns.values()) + " |")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        exit_with(error)
