@@ -17,9 +17,7 @@ def main() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         run(sys.argv[1:])
-    except UserError as error:
-        exit_with(error)
-    except FloatingPointError as error:
+    except (UserError, FloatingPointError, OSError) as error:  # settings and files, a loss that is no number, the disk
         exit_with(error)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the newest checkpoint", file=sys.stderr)
@@ -56,7 +54,7 @@ def finish(cfg: Config, model) -> None:
     if cfg.checkpoint.export:
         from minitrain.hf import save_pretrained
 
-        save_pretrained(model, run_dir / "export", tokenizer=source, overwrite=True)
+        save_pretrained(model, run_dir / "export", None if cfg.model.pretrained else source, overwrite=True)
     if cfg.train.sample:
         print(sample(cfg.train.sample, model, source))
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

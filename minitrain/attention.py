@@ -7,6 +7,7 @@ bears this signature may stand there. Dimensions: T packed queries, S packed key
 (H a multiple of K), C channels of a head, N documents. `reference` is the definition; the others are tested against it.
 """
 
+import functools
 import importlib.util
 import inspect
 import logging
@@ -41,8 +42,9 @@ def attention(
     """
     _check(q_THC, k_SKC, v_SKC, cu_seqlens_q, cu_seqlens_k)
     # As many rows as N documents of the longest length: then every document has that length. Known without a sync.
-    equal_lengths = len(q_THC) == len(k_SKC) == (len(cu_seqlens_q) - 1) * max_seqlen
-    name = choose(backend or "auto", q_THC.device.type, q_THC.dtype, q_THC.shape[-1], equal_lengths, window is not None)
+    equal_lengths = bool(len(q_THC) == len(k_SKC) == (len(cu_seqlens_q) - 1) * max_seqlen)
+    facts = Facts(q_THC.device.type, q_THC.dtype, q_THC.shape[-1], equal_lengths, window is not None)
+    name = choose(backend or "auto", *facts, compiled=torch.compiler.is_compiling())
     return BACKENDS[name](q_THC, k_SKC, v_SKC, cu_seqlens_q, cu_seqlens_k, max_seqlen, window)
 
 
@@ -90,8 +92,8 @@ def why_not(name: str, facts: Facts) -> str | None:
             return f"head dim {facts.head_dim} is not a multiple of 8 up to 256"
     if name == "varlen" and facts.window and "window_size" not in _VARLEN_OPTIONS:
         return f"torch {torch.__version__} has no window_size in varlen_attn"
-    if name in ("flash_attn", "xformers") and importlib.util.find_spec(name) is None:
-        return f"the package {name} is not installed"
+    if name in ("flash_attn", "xformers") and (reason := _import_fails(name)):
+        return reason
     if name == "flex" and facts.device != "cuda":
         return f"it has no backward on {facts.device}"
     if name == "flex" and facts.head_dim & (facts.head_dim - 1):
@@ -99,9 +101,26 @@ def why_not(name: str, facts: Facts) -> str | None:
     return None
 
 
+@functools.cache
+def _import_fails(package: str) -> str | None:
+    if importlib.util.find_spec(package) is None:
+        return f"the package {package} is not installed"
+    try:
+        importlib.import_module(package)
+    except (ImportError, OSError) as error:  # one that was built for another torch is not found broken before this
+        return f"the package {package} cannot be imported: {error}"
+    return None
+
+
 @torch.compiler.assume_constant_result  # a compiled caller sees the name, not how it was found
 def choose(
-    backend: str, device: str, dtype: torch.dtype, head_dim: int, equal_lengths: bool = False, window: bool = False
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    equal_lengths: bool = False,
+    window: bool = False,
+    compiled: bool = False,
 ) -> str:
     """The backend's name, "auto" resolved. ValueError if there is none of that name, or why it cannot run.
 
@@ -116,10 +135,10 @@ def choose(
         return backend
     if device != "cuda":
         order = ["sdpa", "reference"]
-    elif equal_lengths:
-        order = ["sdpa", "flash_attn", "varlen", "flex", "reference"]
     else:
-        order = ["flash_attn", "varlen", "flex", "reference"]
+        order = ["sdpa"] if equal_lengths else []
+        order += ["flex", "flash_attn", "varlen"] if compiled else ["flash_attn", "varlen", "flex"]
+        order += ["reference"]
     name = next(n for n in order if why_not(n, facts) is None)
     if (name, *facts[:3]) not in _said:
         _said.add((name, *facts[:3]))
@@ -219,11 +238,11 @@ def flex(q_THC, k_SKC, v_SKC, cu_q, cu_k, max_seqlen, window):
         same = (doc_T[i] == doc_S[j]) & (back >= 0)
         return same if window is None else same & (back <= window)
 
-    on_gpu = q_THC.is_cuda
-    mask = create_block_mask(seen, None, None, len(q_THC), len(k_SKC), device=q_THC.device, _compile=on_gpu)
-    run = torch.compile(flex_attention) if on_gpu and not torch.compiler.is_compiling() else flex_attention
+    if q_THC.is_cuda and not torch.compiler.is_compiling():
+        create_block_mask, flex_attention = torch.compile(create_block_mask), torch.compile(flex_attention)
+    mask = create_block_mask(seen, None, None, len(q_THC), len(k_SKC), device=q_THC.device)
     q, k, v = (x.transpose(0, 1)[None].contiguous() for x in (q_THC, k_SKC, v_SKC))
-    return run(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1)
+    return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1)
 
 
 def _document_and_place(rows, cu):

@@ -86,7 +86,7 @@ class Checkpointer:
                 "step": step,
                 "optimizer": self._optimizer,
                 "data": self.data.state() if hasattr(self.data, "load_state") else None,
-                "sha256": {file: write_safetensors(tmp / file, of) for file, of in tensors},
+                "sha256": {file: write_safetensors(tmp / file, dict(sorted(of.items()))) for file, of in tensors},
             }
             write_json(tmp / "manifest.json", manifest)
         for old in self.find()[: -self.cfg.keep]:

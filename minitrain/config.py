@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import json
 import re
 import sys
@@ -156,7 +157,7 @@ def load_config(path: str | Path | None, flags: list[str], model_config: Callabl
     """
     settings = _read_toml(path) if path else {}
     given = {}
-    for flag, after in zip(flags, [*flags[1:], ""], strict=True):
+    for flag, after in zip(flags, [*flags[1:], ""], strict=False):
         if flag.startswith("--"):
             key, has_value, value = flag[2:].partition("=")
             given[key] = value if has_value else after
@@ -230,11 +231,15 @@ def _run_tyro(schema, flags) -> Config:
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-    # tyro draws a box: the first paragraph says what is wrong.
-    lines = [line.strip("│ ") for line in complaint.getvalue().splitlines() if line.startswith("│")]
-    end = next((i for i, line in enumerate(lines) if not line or set(line) == {"─"}), len(lines))
-    text = " ".join(lines[:end])
+    # A title, rules of dashes, and between the first two of these what is wrong; in a box where the terminal has one.
+    lines = [line.strip("│ ") for line in complaint.getvalue().splitlines()[1:]]
+    start = itertools.dropwhile(_is_rule, lines)
+    text = " ".join(itertools.takewhile(lambda line: not _is_rule(line), start))
     raise UserError(re.sub(r"^Error parsing ((?!--)[^:]*: )?", "", text))  # a section's own checks name the setting
+
+
+def _is_rule(line) -> bool:
+    return set(line) <= set("─-╰╯")
 
 
 # ---- the way back

@@ -27,6 +27,12 @@ def generate(
     """
     if prompt.ndim != 1 or not len(prompt):
         raise ValueError(f"generate: prompt has shape {tuple(prompt.shape)}; it is one row of at least one token")
+    if temperature < 0:
+        raise ValueError(f"generate: temperature={temperature}: must be at least 0")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"generate: top_k={top_k}: must be at least 1, or None for all tokens")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"generate: top_p={top_p}: must be above 0 and at most 1, or None for all tokens")
     generator = torch.Generator(prompt.device).manual_seed(seed)
     tokens = prompt.long()
     new, past = tokens, 0
@@ -53,15 +59,19 @@ def _continuation(new: Tensor, past: int) -> Batch:
 @contextlib.contextmanager
 def _caches(model):
     """Every attention function sees, from here on, the keys and values of earlier calls too."""
-    modules = [m for m in model.modules() if hasattr(m, "attention")]
-    inner = [m.attention for m in modules]
-    for m in modules:
-        m.attention = _Cached(m.attention)
+    # A block may call its attention module "attention" too; the seam is then the function inside that.
+    holders = [m for m in model.modules() if hasattr(m, "attention") and not hasattr(m.attention, "attention")]
+    own = [vars(m).get("attention") for m in holders]  # None: it is a submodule or a method
+    for m in holders:
+        vars(m)["attention"] = _Cached(m.attention)  # found before a submodule or a method of that name
     try:
         yield
     finally:
-        for m, attention in zip(modules, inner, strict=True):
-            m.attention = attention
+        for m, attention in zip(holders, own, strict=True):
+            if attention is None:
+                del vars(m)["attention"]
+            else:
+                vars(m)["attention"] = attention
 
 
 class _Cached:

@@ -6,7 +6,6 @@ transformers 5's rope_parameters); the older one is written, which every tool kn
 """
 
 import difflib
-import json
 import re
 import shutil
 from dataclasses import fields
@@ -18,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from minitrain.config import UserError
-from minitrain.models import build_model, materialize, model_class
+from minitrain.models import MODELS, build_model, materialize, model_class
 from minitrain.models.layers import DecoderConfig
 from minitrain.storage import NewFolder, open_safetensors, read_json, write_json, write_safetensors
 
@@ -49,7 +48,7 @@ def from_pretrained(
     of a wrong shape or damaged, and refuses pickle files and an architecture other than model_class.
     """
     folder = find_folder(path_or_hub_id)
-    cfg = read_config(folder)
+    cfg = read_config(folder, model_class and f"{model_class.__module__}:{model_class.__qualname__}")
     model = build_model(cfg)
     if model_class is not None and not isinstance(model, model_class):
         raise UserError(f"{folder}: holds a {type(model).__name__}, not a {model_class.__name__}")
@@ -89,21 +88,25 @@ def default_config(type: str, pretrained: str) -> DecoderConfig:
     """The config that a run starts from: of the pretrained folder, or the defaults of an architecture."""
     if not pretrained:
         return model_class(type or "qwen3").config_class()
-    cfg = read_config(find_folder(pretrained))
+    cfg = read_config(find_folder(pretrained), type)
     if type and type != cfg.type:
         raise UserError(f"model.type={type!r}, but {pretrained} holds a {cfg.type!r}")
     cfg.pretrained = pretrained
     return cfg
 
 
-def read_config(folder: Path) -> DecoderConfig:
-    """config.json -> the architecture's config. UserError for what this trainer does not have."""
+def read_config(folder: Path, own_type: str | None = None) -> DecoderConfig:
+    """config.json -> the architecture's config. UserError for what this trainer does not have.
+
+    own_type: a "module:Class" that the file may name; a downloaded file has no other module imported.
+    """
     raw = read_json(folder / "config.json")
     where = folder / "config.json"
-    try:
-        config_class = model_class(raw.get("model_type", "")).config_class
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
+    kind = raw.get("model_type")
+    if kind not in [*MODELS, own_type] or not kind:
+        own = "; a class of your own loads by its from_pretrained" if ":" in str(kind) else ""
+        raise UserError(f"{where}: model_type={kind!r} is unknown; there are {', '.join(MODELS)}{own}")
+    config_class = model_class(kind).config_class
     unsupported = {
         "hidden_act": raw.get("hidden_act", "silu") != "silu",
         "attention_dropout": bool(raw.get("attention_dropout")),
@@ -115,7 +118,7 @@ def read_config(folder: Path) -> DecoderConfig:
     if bad := [f"{key}={raw[key]}" for key, is_bad in unsupported.items() if is_bad]:
         raise UserError(f"{where}: not supported: {', '.join(bad)}")
     rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta"), **(raw.get("rope_scaling") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    stretched = rope.get("rope_type", rope.get("type", "default")) != "default"
     raw = {_RENAMED.get(key, key): value for key, value in raw.items()}
     known = {
         "num_key_value_heads": raw.get("num_attention_heads"),  # what transformers takes where they are absent
@@ -123,9 +126,9 @@ def read_config(folder: Path) -> DecoderConfig:
         "head_dim": None,
         "initializer_range": 0.02,
         **{key: value for key, value in raw.items() if value is not None},
-        "type": raw["model_type"],
+        "type": kind,
         "rope_theta": rope.get("rope_theta") or 10_000.0,
-        "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"} if kind != "default" else None,
+        "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"} if stretched else None,
     }
     optional = {"pretrained", "attention_bias", "router_aux_loss_coef", "router_z_loss_coef"}
     names = [f.name for f in fields(config_class)]
@@ -168,7 +171,10 @@ def hub_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Copy a folder's safetensors into the model's parameters; all or an error that names what does not fit."""
+    """Copy a folder's safetensors into the model's parameters; an error names what does not fit.
+
+    model.source remembers the folder, so that its tokenizer can go with the model.
+    """
     views = hub_tensors(model)
     files = _weight_files(folder)
     ignored = {name for name in files if name.endswith("rotary_emb.inv_freq")}  # old Llama files store this buffer
@@ -188,6 +194,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         if not tensor.is_floating_point():
             raise UserError(f"{folder / files[name]}: {name} is {tensor.dtype}, not a floating-point tensor")
         view.copy_(tensor)
+    model.source = folder
 
 
 def _weight_files(folder: Path) -> dict[str, str]:
@@ -198,7 +205,7 @@ def _weight_files(folder: Path) -> dict[str, str]:
         if not isinstance(weight_map, dict):
             raise UserError(f"{index}: has no weight_map")
         for name, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
                 raise UserError(f"{index}: {name} points to {file!r}, which is no safetensors file in this folder")
         held = {}
         for file in sorted(set(weight_map.values())):
@@ -228,17 +235,20 @@ def _listed(names: list[str], others: list[str]) -> str:
 def save_pretrained(
     model: nn.Module, folder: str | Path, tokenizer: str | Path | None = None, overwrite: bool = False
 ) -> None:
-    """Write a folder that transformers' AutoModelForCausalLM loads, weights bit for bit; one tensor in memory at a time.
+    """Write a folder that transformers' AutoModelForCausalLM loads, weights bit for bit; host memory: one tensor.
 
-    tokenizer: a folder whose tokenizer files, generation_config.json and further keys of config.json come along.
-    The folder appears whole or not at all; UserError if it exists, unless overwrite.
+    tokenizer: a folder whose tokenizer files, generation_config.json and token ids in config.json come along; None:
+    the folder that the weights were loaded from, if they were.
+    The folder appears whole or not at all. UserError if it exists; overwrite replaces it if it holds a model.
     """
-    config = hub_config(model)
-    if tokenizer is not None:
-        source = Path(tokenizer)
+    config, folder = hub_config(model), Path(folder)
+    source = Path(tokenizer) if tokenizer is not None else getattr(model, "source", None)
+    if overwrite and folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
+        raise UserError(f"{folder}: is not overwritten, since it holds no config.json and so no model")
+    if source is not None:
         older = read_json(source / "config.json") if (source / "config.json").exists() else end_of_text(source)
-        config = {**{k: v for k, v in older.items() if k not in ("dtype", "rope_parameters")}, **config}
-    with NewFolder(Path(folder), replace=overwrite) as tmp:
+        config = {**{k: v for k, v in older.items() if k.endswith("_token_id")}, **config}
+    with NewFolder(folder, replace=overwrite) as tmp:
         write_json(tmp / "config.json", config)
         shards = _shards(hub_tensors(model))
         for i, shard in enumerate(shards, 1):
@@ -249,7 +259,7 @@ def save_pretrained(
             write_json(
                 tmp / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
             )
-        if tokenizer is not None:
+        if source is not None:
             for name in CARRIED:
                 if (source / name).exists():
                     shutil.copyfile(source / name, tmp / name)
@@ -291,7 +301,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 def end_of_text(folder: Path) -> dict[str, int]:
     """{"eos_token_id": id} as tokenizer_config.json names it, or {} where there is none."""
     path = Path(folder) / "tokenizer_config.json"
-    token = json.loads(path.read_text()).get("eos_token") if path.exists() else None
+    token = read_json(path).get("eos_token") if path.exists() else None
     token = token["content"] if isinstance(token, dict) else token
     id = load_tokenizer(folder).token_to_id(token) if token else None
     return {} if id is None else {"eos_token_id": id}

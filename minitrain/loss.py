@@ -20,15 +20,15 @@ _PIECE_BYTES = 5 << 28  # 1.25 GiB of logits at a time: 4,417 rows of bf16 at V 
 
 def cross_entropy(hidden_TD: Tensor, head: nn.Linear, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum of -log softmax(head(hidden))[target] over targets that are not IGNORE, fp32."""
-    return _LinearCrossEntropy.apply(hidden_TD, head.weight, batch.targets), {}
+    return _LinearCrossEntropy.apply(hidden_TD, head.weight, batch.targets, torch.is_grad_enabled()), {}
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Gradients are made in the forward, while a piece's logits are there; backward only scales them."""
 
     @staticmethod
-    def forward(ctx, x_TD, w_VD, targets_T):
-        with_grad = any(ctx.needs_input_grad)
+    def forward(ctx, x_TD, w_VD, targets_T, grad_enabled):
+        with_grad = grad_enabled and any(ctx.needs_input_grad)  # the latter knows nothing of torch.no_grad
         d_x = torch.empty_like(x_TD) if with_grad else None
         d_w = torch.zeros_like(w_VD, dtype=torch.float32) if with_grad else None
         losses = []
@@ -47,7 +47,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d):
         d_x, d_w = ctx.saved_tensors
-        return (d_x * d).to(d_x.dtype), (d_w * d).to(ctx.w_dtype), None
+        return (d_x * d).to(d_x.dtype), (d_w * d).to(ctx.w_dtype), None, None
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -66,6 +66,11 @@ def softmax_cross_entropy_(logits_NV: Tensor, targets_N: Tensor, write_grad: boo
 
     logits (N, V) contiguous, bf16 or fp32; targets (N,) int64.
     """
+    rows = zip(logits_NV.split(256), targets_N.split(256), strict=True)  # what is made in fp32 on the way stays small
+    return torch.cat([_softmax_cross_entropy_(*r, write_grad) for r in rows])
+
+
+def _softmax_cross_entropy_(logits_NV, targets_N, write_grad):
     wide = logits_NV.float()  # the tensor itself where it is fp32
     trained_N = targets_N != IGNORE
     picked_N1 = targets_N.clamp(min=0)[:, None]

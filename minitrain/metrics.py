@@ -11,6 +11,7 @@ Device values are kept on the device until a line on the console is due, so that
 import contextlib
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,8 +27,10 @@ from minitrain.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
 
-PEAK_TFLOPS = {  # dense bf16, by the vendors' data sheets; the first name that is part of the device's name counts
+PEAK_TFLOPS = {  # dense bf16, by the vendors' data sheets; the first whose words are in the device's name counts
+    "H200 NVL": 835,
     "H200": 989,
+    "GH200": 989,
     "H100 PCIe": 756,
     "H100 NVL": 835,
     "H100": 989,
@@ -54,7 +57,7 @@ PEAK_TFLOPS = {  # dense bf16, by the vendors' data sheets; the first name that 
 
 def peak_tflops(device_name: str) -> float | None:
     """Dense bf16 TFLOP/s of a device, None if it is not in the table."""
-    return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
+    return next((peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
 @dataclass(frozen=True)

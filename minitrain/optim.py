@@ -34,7 +34,7 @@ def lr_at(step: int, cfg: OptimConfig, steps: int) -> float:
     """Of step 0 .. steps - 1: cfg.lr is reached at step warmup_steps, the minimum at the last."""
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / (cfg.warmup_steps + 1)
-    start = steps - cfg.decay_steps if cfg.schedule == "wsd" else cfg.warmup_steps
+    start = steps - 1 - cfg.decay_steps if cfg.schedule == "wsd" else cfg.warmup_steps  # the last step at the peak
     progress = min(1.0, max(0.0, (step - start) / max(1, steps - 1 - start)))
     fall = {
         "constant": 1.0,

@@ -25,8 +25,12 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
     "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
@@ -92,14 +96,17 @@ def write_json(path: Path, value) -> None:
         os.fsync(file.fileno())
 
 
-def read_json(path: Path):
-    """UserError if it is absent or no JSON."""
+def read_json(path: Path) -> dict:
+    """A file's JSON object. UserError if it is absent or none."""
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds no JSON object")
+    return value
 
 
 class NewFolder:
@@ -109,12 +116,14 @@ class NewFolder:
     """
 
     def __init__(self, path: Path, replace: bool = False):
-        self.path, self.replace = Path(path), replace
+        self.path, self.replace = Path(path).resolve(), replace
         self.tmp = self.path.with_name(self.path.name + ".tmp")
 
     def __enter__(self) -> Path:
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is not a folder")
         if self.path.exists() and not self.replace:
-            raise UserError(f"{self.path} exists already")
+            raise UserError(f"{self.path} exists already; remove it, or allow to overwrite it")
         try:
             shutil.rmtree(self.tmp, ignore_errors=True)
             self.tmp.mkdir(parents=True)

@@ -1,6 +1,8 @@
 """Shared by the tests: a tiny corpus, tiny models, and one seed."""
 
+import json
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches the network
 
@@ -19,6 +21,11 @@ TINY = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
 
 
 @pytest.fixture(autouse=True)
@@ -51,3 +58,27 @@ def corpus(tmp_path):
     begins = torch.randint(0, 97, (300,), generator=generator).tolist()
     lengths = torch.randint(1, 61, (300,), generator=generator).tolist()
     return write_corpus(tmp_path / "corpus", [[(b + i) % 97 for i in range(n)] for b, n in zip(begins, lengths)])
+
+
+def tiny_run(corpus, run_dir, model=None, **sections):
+    """The config of a short run of a tiny model on the CPU; sections such as train={"steps": 5} change it."""
+    from minitrain import CheckpointConfig, Config, DataConfig, OptimConfig, Qwen3Config, TrainConfig
+
+    def section(kind, **defaults):
+        return kind(**defaults | sections.pop(kind.__name__.removesuffix("Config").lower(), {}))
+
+    cfg = Config(
+        model or Qwen3Config(**TINY),
+        section(DataConfig, path=str(corpus), tokens_per_row=64, max_seqlen=32),
+        section(OptimConfig, lr=1e-2, warmup_steps=2),
+        section(TrainConfig, steps=20, device="cpu"),
+        section(CheckpointConfig),
+        str(run_dir),
+    )
+    assert not sections, sections
+    return cfg
+
+
+def read_metrics(run_dir):
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]

@@ -33,7 +33,8 @@ CASES = {
 def hub_model(case: str, **changes):
     """transformers' model of a case, fp32, plain attention, the same random weights every time."""
     settings = {**TINY, **CASES[case], **changes}
-    config = AutoConfig.for_model(**{k: v for k, v in settings.items() if v is not None})
+    settings = copy.deepcopy({k: v for k, v in settings.items() if v is not None})  # transformers writes into them
+    config = AutoConfig.for_model(**settings)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

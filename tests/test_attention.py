@@ -2,10 +2,12 @@
 
 import importlib
 import logging
+import sys
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from minitrain.attention import BACKENDS, Facts, _document_and_place, attention, choose, why_not
 
@@ -106,7 +108,7 @@ def test_reference_of_bf16_sums_in_fp32():
 # ---- every backend is the reference
 
 
-@windows
+@pytest.mark.parametrize("window", [None, 1])
 @heads
 @layouts
 @backends
@@ -122,10 +124,9 @@ def test_backends_match_reference_in_fp32(backend, lengths, heads, window):
 
 
 @windows
-@heads
 @layouts
-def test_flex_sees_what_reference_sees_also_where_it_has_no_backward(lengths, heads, window):
-    inputs = make(lengths, heads)
+def test_flex_sees_what_reference_sees_also_where_it_has_no_backward(lengths, window):
+    inputs = make(lengths)
     expected = attention(*inputs, window, "reference")
     torch.testing.assert_close(BACKENDS["flex"](*inputs, window), expected, rtol=1e-5, atol=3e-6)
 
@@ -273,17 +274,34 @@ def test_what_a_gpu_backend_needs_is_said():
     assert why_not("flex", Facts("cuda", fp32, 64, False, True)) is None
 
 
-def test_a_package_that_is_missing_is_named(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """An empty folder, the only one that flash_attn and xformers can be imported from."""
     for name in ("flash_attn", "xformers"):
-        assert why_not(name, Facts("cuda", torch.bfloat16, 64, False, False)) == f"the package {name} is not installed"
+        monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.delitem(sys.modules, name)  # put back at the end as it was
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: find_spec(name) if (tmp_path / f"{name}.py").exists() else None
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    module._import_fails.cache_clear()
+    yield tmp_path
+    module._import_fails.cache_clear()
+
+
+def test_a_package_that_is_missing_or_broken_is_named(packages):
+    facts = Facts("cuda", torch.bfloat16, 64, False, False)
+    (packages / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    assert why_not("flash_attn", facts) == "the package flash_attn cannot be imported: undefined symbol: _ZN3c10"
+    assert why_not("xformers", facts) == "the package xformers is not installed"
+    assert choose("auto", "cuda", torch.bfloat16, 64) == "varlen"
 
 
 # ---- auto
 
 
-def test_auto_takes_what_can_run_fastest(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # no extra packages
+def test_auto_takes_what_can_run_fastest(packages):
     bf16, fp32 = torch.bfloat16, torch.float32
     assert choose("auto", "cpu", fp32, 64) == "sdpa"
     assert choose("auto", "cpu", fp32, 64, window=True) == "reference"
@@ -291,7 +309,10 @@ def test_auto_takes_what_can_run_fastest(monkeypatch):
     assert choose("auto", "cuda", bf16, 64, equal_lengths=True) == "sdpa"
     assert choose("auto", "cuda", fp32, 64) == "flex"
     assert choose("auto", "cuda", fp32, 60) == "reference"
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert choose("auto", "cuda", bf16, 64, compiled=True) == "flex"
+    assert choose("auto", "cuda", bf16, 96, compiled=True) == "varlen"
+    module._import_fails.cache_clear()
+    (packages / "flash_attn.py").touch()
     assert choose("auto", "cuda", bf16, 64) == "flash_attn"
 
 
@@ -318,6 +339,18 @@ GPU_LAYOUTS = {
 }
 
 
+def assert_as_good_as_plain_bf16(backend, inputs, window, attention_=attention):
+    """Forward and gradients, against the reference in fp32."""
+    q, k, v, *rest = inputs
+    d_out, seen = torch.randn_like(q), visible(*rest[:2], window)
+    wide = [x.float() for x in (q, k, v)]
+    exact = with_gradients(lambda q, k, v: attention(q, k, v, *rest, window, "reference"), *wide, d_out.float())
+    plain = with_gradients(lambda q, k, v: dense(q, k, v, seen), q, k, v, d_out)
+    actual = with_gradients(lambda q, k, v: attention_(q, k, v, *rest, window, backend), q, k, v, d_out)
+    for name, *three in zip(("out", "d_q", "d_k", "d_v"), actual, plain, exact, strict=True):
+        assert_no_worse_than_plain_bf16(*three, name)
+
+
 @pytest.mark.gpu
 @pytest.mark.timeout(600)  # flex is compiled for each case
 @pytest.mark.parametrize("window", [None, 50])
@@ -325,15 +358,37 @@ GPU_LAYOUTS = {
 @pytest.mark.parametrize("lengths", GPU_LAYOUTS.values(), ids=GPU_LAYOUTS)
 @backends
 def test_gpu_backends_are_no_worse_than_plain_bf16(backend, lengths, C, window):
-    q, k, v, *rest = make(lengths, (8, 2), C, torch.bfloat16, "cuda")
-    skip_if_it_cannot_run(backend, q, window)
-    d_out, seen = torch.randn_like(q), visible(*rest[:2], window)
-    wide = [x.float() for x in (q, k, v)]
-    exact = with_gradients(lambda q, k, v: attention(q, k, v, *rest, window, "reference"), *wide, d_out.float())
-    plain = with_gradients(lambda q, k, v: dense(q, k, v, seen), q, k, v, d_out)
-    actual = with_gradients(lambda q, k, v: attention(q, k, v, *rest, window, backend), q, k, v, d_out)
-    for name, *three in zip(("out", "d_q", "d_k", "d_v"), actual, plain, exact, strict=True):
-        assert_no_worse_than_plain_bf16(*three, name)
+    inputs = make(lengths, (8, 2), C, torch.bfloat16, "cuda")
+    skip_if_it_cannot_run(backend, inputs[0], window)
+    assert_as_good_as_plain_bf16(backend, inputs, window)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("backend", ["auto", "varlen", "flex"])
+def test_compiled_attention_is_no_worse_than_plain_bf16_and_never_waits(backend):
+    compiled = torch.compile(attention, dynamic=False, fullgraph=True)
+    for documents in ([300, 0, 700, 24], [1, 1000, 0, 23], [512, 256, 255, 1]):  # equal shapes: compiled once
+        *inputs, _ = make((documents, None), (8, 2), 64, torch.bfloat16, "cuda")
+        assert_as_good_as_plain_bf16(backend, (*inputs, 1024), None, compiled)
+    before = counters["stats"]["unique_graphs"]
+    q, k, v, *rest = make(([24, 700, 300, 0], None), (8, 2), 64, torch.bfloat16, "cuda")
+    d_out = torch.randn_like(q)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with_gradients(lambda q, k, v: compiled(q, k, v, *rest[:2], 1024, None, backend), q, k, v, d_out)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert counters["stats"]["unique_graphs"] == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("C", [64, 128])
+@pytest.mark.parametrize("kernel", module._SDPA_ORDER, ids=lambda kernel: kernel.name)
+def test_each_kernel_behind_sdpa_is_no_worse_than_plain_bf16(monkeypatch, kernel, C):
+    monkeypatch.setattr(module, "_SDPA_ORDER", [kernel])
+    heads = (8, 8) if kernel.name == "EFFICIENT_ATTENTION" else (8, 2)  # it knows no groups
+    assert_as_good_as_plain_bf16("sdpa", make(GPU_LAYOUTS["equal lengths"], heads, C, torch.bfloat16, "cuda"), None)
 
 
 @pytest.mark.gpu

@@ -8,7 +8,6 @@ Prints one row of a table, with the figures that minitrain/metrics.py defines.
 """
 
 import json
-import math
 import statistics
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import minitrain as mt
 from minitrain.config import Config, UserError, exit_with, load_config
@@ -24,27 +24,31 @@ from minitrain.parallel.mesh import init_mesh
 
 
 def made_up_rows(cfg: Config, documents: str, device: torch.device) -> Iterator[list[mt.Batch]]:
-    """Rows of random tokens, each filled with documents of random content; new ones every step."""
+    """Rows of random tokens in documents of made-up lengths, new ones every step."""
     generator = torch.Generator().manual_seed(0)
     low, _, high = documents.partition(":")
     low, high = int(low), int(high or low)
-    T, most = cfg.data.tokens_per_row, cfg.data.tokens_per_row // low + 1
+    T = cfg.data.tokens_per_row
 
-    def row():
-        lengths = []
-        while sum(lengths) < T:
-            drawn = math.exp(math.log(low) + (math.log(high) - math.log(low)) * torch.rand(1, generator=generator).item())
-            lengths.append(min(round(drawn), T - sum(lengths)))
+    def lengths():
+        drawn = []
+        while sum(drawn) < T:
+            length = round(low * (high / low) ** torch.rand(1, generator=generator).item())
+            drawn.append(min(length, T - sum(drawn)))
+        return drawn
+
+    rows = [lengths() for _ in range(cfg.train.steps * cfg.data.rows_per_step)]
+    fullest = max(map(len, rows))  # cu_seqlens of one size, as the data loader makes them
+
+    def batch(lengths):
         tokens = torch.randint(0, cfg.model.vocab_size, (T,), generator=generator)
-        batch = mt.Batch.pack(list(tokens.split(lengths)), max_seqlen=high)
-        batch.share = 1 / cfg.data.rows_per_step
-        if low != high:  # a fixed number of documents, as the data loader has it
-            padding = torch.full((most - len(lengths),), T, dtype=torch.int32)
-            batch.cu_seqlens_q = batch.cu_seqlens_k = torch.cat([batch.cu_seqlens_q, padding])
-        return batch.pin_memory() if device.type == "cuda" else batch
+        row = mt.Batch.pack(list(tokens.split(lengths)), max_seqlen=high)
+        row.cu_seqlens_q = row.cu_seqlens_k = F.pad(row.cu_seqlens_q, (0, fullest - len(lengths)), value=T)
+        row.share = 1 / cfg.data.rows_per_step
+        return (row.pin_memory() if device.type == "cuda" else row).to(device)
 
-    while True:
-        yield [row().to(device) for _ in range(cfg.data.rows_per_step)]
+    for step in range(cfg.train.steps):
+        yield [batch(row) for row in rows[step * cfg.data.rows_per_step :][: cfg.data.rows_per_step]]
 
 
 def bench(cfg: Config, documents: str) -> dict:

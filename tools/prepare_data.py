@@ -12,15 +12,14 @@ document that fills it, a document with the tokenizer's end-of-text token, if th
 token does not become it. A BOM is dropped, CRLF is kept.
 
 Skipped, counted, the first of each kind named: an empty document or line, invalid UTF-8 (in JSON also half surrogates),
-broken JSON, a missing field or one that is no text. One line and exit code 2, nothing written: an input or column that
-does not exist, an unknown suffix, no document at all, a folder with another tokenizer or a finished dataset
-(--overwrite replaces both). A damaged .gz, .zst or .parquet stops the run; the shards before it stay.
+broken JSON, a missing field or one that is no text. One line and exit code 2, nothing written: an input that does not
+exist, an unknown suffix, no document at all, a folder with another tokenizer or a finished dataset (--overwrite
+replaces both). A damaged .gz, .zst or .parquet, or one without the column, stops the run; the shards before it stay.
 
 A stopped run goes on after its last whole shard when it is started again alike; with --overwrite it begins anew.
 """
 
 import argparse
-import gzip
 import hashlib
 import json
 import multiprocessing
@@ -33,20 +32,22 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import NamedTuple
+from threading import Thread
 
 import torch
 from huggingface_hub import snapshot_download
+from read_text import SUFFIXES, Record, Skip, find_files, read_records, text_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from minitrain.config import UserError, exit_with
 from minitrain.storage import read_json, sha256, write_json, write_safetensors
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # looked for in this order
 SAMPLE_BYTES = 20_000_000  # of text to train a tokenizer on
 BATCH_BYTES = 1 << 18  # for a worker at a time: small, so that all are busy to the end
@@ -99,14 +100,14 @@ def prepare(
     names = hashlib.sha256(json.dumps(files).encode()).hexdigest()
     progress = _claim(out, {"inputs": listed, "files_sha256": names} | options, overwrite)
 
-    if tokenizer or progress.shards:
-        vocabulary = load_vocabulary(tokenizer or out)
-    else:
+    if tokenizer is None and not progress.shards:
         vocabulary = train_vocabulary(sample_texts(files, text_field), train_tokenizer)
+    else:
+        vocabulary = load_vocabulary(out if tokenizer is None else tokenizer)
     old = out / "tokenizer.json"
     if not overwrite and old.exists() and sha256(old) != vocabulary.sha256:
         raise UserError(f"{old}: another tokenizer; choose another folder or --overwrite")
-    if vocabulary.eos is None:
+    if vocabulary.eos_id is None:
         print("the tokenizer has no end-of-text token: documents end without one", file=sys.stderr)
 
     writer = ShardWriter(out, progress, vocabulary, started - progress.seconds)
@@ -120,127 +121,7 @@ def prepare(
     return writer.finish()
 
 
-# ---- inputs: files -> records -> text
-
-
-class Record(NamedTuple):
-    """One document as it lies in its file."""
-
-    path: str
-    file: int  # index of the file
-    number: int  # line or row, from 1
-    position: int  # bytes of the file that reading it took so far
-    raw: bytes | None  # None: null in a table
-
-    @property
-    def is_json(self):
-        return self.path.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst"))
-
-    def __str__(self):
-        return f"{self.path}:{self.number}" if self.is_json or self.path.endswith(".parquet") else self.path
-
-
-class Skip(Exception):
-    """A document is not used; the text is why."""
-
-
-def find_files(inputs: list[Path], suffixes: tuple, exclude: set) -> tuple[list[tuple[str, int]], list[dict]]:
-    """-> [(path, bytes)] in reading order, and what each input has."""
-    for suffix in suffixes:
-        if not suffix.startswith(".") or (suffix.endswith((".gz", ".zst", ".bz2", ".xz")) and suffix not in SUFFIXES):
-            raise UserError(
-                f"suffix {suffix!r}: must be of text, and begin with a dot, or be one of {' '.join(SUFFIXES)}"
-            )
-    files, listed = [], []
-    for path in inputs:
-        if not path.exists():
-            raise UserError(f"{path}: no such file or folder")
-        if path.is_file() and not path.name.endswith(suffixes):
-            raise UserError(f"{path}: unknown suffix; --suffixes takes it for text (now: {' '.join(suffixes)})")
-        found = [str(path)] if path.is_file() else []
-        for folder, folders, names in os.walk(path):
-            folders[:] = sorted(set(folders) - exclude)
-            found += [os.path.join(folder, n) for n in sorted(set(names) - exclude) if n.endswith(suffixes)]
-        sizes = [(name, os.path.getsize(name)) for name in found if os.path.isfile(name)]
-        listed.append({"path": str(path), "files": len(sizes), "bytes": sum(size for _, size in sizes)})
-        files += sizes
-    if not files:
-        raise UserError(f"{' '.join(map(str, inputs))}: no file with a suffix of {' '.join(suffixes)}")
-    return files, listed
-
-
-def read_records(path: str, file: int, text_field: str) -> Iterator[Record]:
-    """All of a file. UserError if it cannot be read or is damaged."""
-    try:
-        with open(path, "rb") as handle:
-            if path.endswith(".parquet"):
-                pieces = _parquet_rows(path, text_field)
-            elif path.endswith(".jsonl.zst"):
-                pieces = _zst_lines(handle)
-            elif path.endswith(".jsonl.gz"):
-                pieces = gzip.GzipFile(fileobj=handle)
-            else:
-                pieces = handle if path.endswith(".jsonl") else [handle.read()]
-            for number, raw in enumerate(pieces, 1):
-                yield Record(path, file, number, handle.tell(), raw)
-    except UserError:
-        raise
-    except ImportError as error:
-        raise UserError(f"{path}: needs a package: pip install {error.name}, or minitrain[data]") from None
-    except Exception as error:  # OSError, EOFError and what zlib, zstandard and pyarrow call their own
-        raise UserError(f"{path}: cannot be read: {error}".splitlines()[0]) from None
-
-
-def _zst_lines(handle) -> Iterator[bytes]:
-    """Of one or more frames. NOTE the library's own reader takes a file that was cut for a shorter one."""
-    import zstandard  # optional, as pyarrow is
-
-    frame, tail = None, b""
-    while chunk := handle.read(1 << 17):
-        while chunk:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            *lines, tail = (tail + frame.decompress(chunk)).split(b"\n")
-            yield from lines
-            chunk, frame = frame.unused_data, None if frame.eof else frame
-    if frame:
-        raise EOFError("it ends inside a frame")
-    if tail:
-        yield tail
-
-
-def _parquet_rows(path, text_field) -> Iterator[bytes | None]:
-    from pyarrow import parquet
-
-    with parquet.ParquetFile(path) as table:
-        if text_field not in table.schema_arrow.names:
-            raise UserError(
-                f"{path}: no column {text_field!r}; --text-field takes {', '.join(table.schema_arrow.names)}"
-            )
-        for rows in table.iter_batches(1024, columns=[text_field]):
-            # as bytes: the library does not check UTF-8 before it makes a str
-            yield from (value.as_py() for value in rows.column(0).cast("large_binary"))
-
-
-def text_of(record: Record, text_field: str) -> tuple[str, int]:
-    """Its document, and how many bytes that is in UTF-8. Raises Skip."""
-    if record.raw is None:
-        raise Skip("missing field")
-    try:
-        text = record.raw.decode().removeprefix("\ufeff")
-        if record.is_json:
-            row = json.loads(text) if text.strip() else {text_field: ""}
-            text = row.get(text_field) if isinstance(row, dict) else None
-            if not isinstance(text, str):
-                raise Skip("missing field")
-            text = text.removeprefix("\ufeff")
-        size = len(text.encode())
-    except UnicodeError:
-        raise Skip("invalid UTF-8") from None
-    except (ValueError, RecursionError):
-        raise Skip("broken JSON") from None
-    if not text:
-        raise Skip("empty")
-    return text, size
+# ---- records, for the tokenizer and for its workers
 
 
 def sample_texts(files: list[tuple[str, int]], text_field: str) -> Iterator[str]:
@@ -249,18 +130,12 @@ def sample_texts(files: list[tuple[str, int]], text_field: str) -> Iterator[str]
     taken = passed = 0
     for path, size in files:
         passed += size
-        due = SAMPLE_BYTES * passed / total
-        if taken >= due:
-            continue
-        for record in read_records(path, 0, text_field):
-            try:
+        records = read_records(path, 0, text_field)
+        while taken < SAMPLE_BYTES * passed / total and (record := next(records, None)):
+            with suppress(Skip):
                 text, num_bytes = text_of(record, text_field)
-            except Skip:
-                continue
-            yield text
-            taken += num_bytes
-            if taken >= due:
-                break
+                yield text[: SAMPLE_BYTES - taken]
+                taken += num_bytes
 
 
 def cut_batches(files: list[tuple[str, int]], file: int, done: int, text_field: str) -> Iterator[list[Record]]:
@@ -283,27 +158,38 @@ def cut_batches(files: list[tuple[str, int]], file: int, done: int, text_field: 
 
 
 class Vocabulary:
-    """A tokenizer and its two files. NOTE ids may have holes, so size is the highest id plus one, not their count."""
+    """A tokenizer, made of the bytes of its files. NOTE ids may have holes: size is the highest plus one."""
 
     def __init__(self, files: dict[str, bytes]):
         self.files = files
         self.sha256 = hashlib.sha256(files["tokenizer.json"]).hexdigest()
-        ids = self.load().get_vocab()
+        self.tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
+        self.tokenizer.encode_special_tokens = True  # as any other text
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        ids = self.tokenizer.get_vocab()
         self.size = max(ids.values()) + 1
         self.typecode = "H" if self.size <= 1 << 16 else "i"  # uint16 or int32
-        config = json.loads(files.get("tokenizer_config.json", b"{}"))
-        named = config.get("eos_token")
-        named = named["content"] if isinstance(named, dict) else named
-        if named and named not in ids:
-            raise UserError(f"tokenizer_config.json: eos_token {named!r} is not in tokenizer.json")
-        self.eos = ids.get(named or next((token for token in END_OF_TEXT if token in ids), None))
+        eos = json.loads(files.get("tokenizer_config.json", b"{}")).get("eos_token")
+        eos = eos["content"] if isinstance(eos, dict) else eos
+        if eos and eos not in ids:
+            raise UserError(f"tokenizer_config.json: eos_token {eos!r} is not in tokenizer.json")
+        self.eos_id = ids.get(eos or next((token for token in END_OF_TEXT if token in ids), None))
 
-    def load(self) -> Tokenizer:
-        tokenizer = Tokenizer.from_buffer(self.files["tokenizer.json"])
-        tokenizer.encode_special_tokens = True  # as text
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return tokenizer
+    def __reduce__(self):  # the library pickles a tokenizer without its settings
+        return Vocabulary, (self.files,)
+
+    def encode(self, record: Record, text_field: str) -> tuple[array | None, int, str]:
+        """-> (tokens, bytes of text, ""), or (None, 0, why the record is skipped)."""
+        try:
+            text, num_bytes = text_of(record, text_field)
+            # a batch of one takes 2/3 of the time of encode(), which keeps offsets
+            ids = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+            if not ids:
+                raise Skip("empty")
+        except Skip as reason:
+            return None, 0, str(reason)
+        return array(self.typecode, ids if self.eos_id is None else [*ids, self.eos_id]), num_bytes, ""
 
 
 def load_vocabulary(source: str | Path) -> Vocabulary:
@@ -317,6 +203,8 @@ def load_vocabulary(source: str | Path) -> Vocabulary:
             raise UserError(f"{source}: no such file or folder, and the hub could not be read ({reason})") from None
     path = path / "tokenizer.json" if path.is_dir() else path
     config = path.with_name("tokenizer_config.json")
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
     try:
         files = {"tokenizer.json": path.read_bytes()}
         if config.exists():
@@ -334,41 +222,20 @@ def train_vocabulary(texts: Iterator[str], size: int) -> Vocabulary:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = [END_OF_TEXT[0]]
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    special = {"special_tokens": [END_OF_TEXT[0]], "initial_alphabet": alphabet}
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, show_progress=False, **special))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT[0]}
     config["clean_up_tokenization_spaces"] = False  # or transformers 4 drops spaces before punctuation
     files = {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(config)}
     return Vocabulary({name: content.encode() for name, content in files.items()})
 
 
-class Encoder:
-    """A record -> (its tokens, bytes of its text, ""), or (None, 0, why it is skipped)."""
-
-    def __init__(self, vocabulary: Vocabulary, text_field: str):
-        self.tokenizer, self.text_field, self.typecode = vocabulary.load(), text_field, vocabulary.typecode
-        self.end = [] if vocabulary.eos is None else [vocabulary.eos]
-
-    def __call__(self, record: Record) -> tuple[array | None, int, str]:
-        try:
-            text, num_bytes = text_of(record, self.text_field)
-            # a batch of one takes 2/3 of the time of encode(), which keeps offsets
-            ids = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
-            if not ids:
-                raise Skip("empty")
-        except Skip as reason:
-            return None, 0, str(reason)
-        return array(self.typecode, ids + self.end), num_bytes, ""
-
-
 def encode_batches(batches: Iterator[list[Record]], workers: int, *args) -> Iterator[tuple[list, list]]:
-    """Each batch, in order, with what Encoder(*args) makes of its records. In memory: no more than two a worker."""
+    """(batch, what Vocabulary.encode makes of each record), in order; no more than two batches a worker in memory.
+    args: the vocabulary and text_field. One worker is this process."""
     if workers == 1:
-        encoder = Encoder(*args)
-        yield from ((batch, [encoder(record) for record in batch]) for batch in batches)
+        vocabulary, text_field = args
+        yield from ((batch, [vocabulary.encode(record, text_field) for record in batch]) for batch in batches)
         return
     context = multiprocessing.get_context("forkserver")  # the threads of a tokenizer do not survive a plain fork
     context.set_forkserver_preload([__name__])  # imports torch once, not once a worker
@@ -387,14 +254,20 @@ def encode_batches(batches: Iterator[list[Record]], workers: int, *args) -> Iter
 
 
 def _start_worker(*args):
-    global _encoder
+    global _vocabulary, _text_field
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or each worker starts a thread a core
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    _encoder = Encoder(*args)
+    Thread(target=_die_with_parent, daemon=True).start()
+    _vocabulary, _text_field = args
+
+
+def _die_with_parent():  # also a killed one: the pool itself would wait forever
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def _encode(batch):
-    return [_encoder(record) for record in batch]
+    return [_vocabulary.encode(record, _text_field) for record in batch]
 
 
 # ---- the folder
@@ -404,21 +277,17 @@ def _claim(out: Path, job: dict, overwrite: bool) -> Progress:
     """Where to begin: what a stopped run of this job left, or nothing. UserError if the folder is another's."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is not a folder")
-    if overwrite or not out.exists():
-        return Progress(job)
     path, shards = out / "progress.json", sorted(out.glob("shard-*.safetensors"))
-    if (out / "report.json").exists() or (shards and not path.exists()):
-        raise UserError(f"{out}: holds a dataset; choose another folder or --overwrite")
-    if not path.exists():
+    if overwrite or not (path.exists() or shards or (out / "report.json").exists()):
         return Progress(job)
+    if (out / "report.json").exists() or not path.exists():
+        raise UserError(f"{out}: holds a dataset; choose another folder or --overwrite")
     progress = Progress(**read_json(path))
     changed = [key for key in job if job[key] != progress.job.get(key)]
     if changed:
         raise UserError(f"{out}: a run of other {', '.join(changed)} was stopped here; start that again or --overwrite")
     if len(shards) < progress.shards:
-        raise UserError(
-            f"{out}: has {len(shards)} of {progress.shards} shards in progress.json; --overwrite begins anew"
-        )
+        raise UserError(f"{out}: has {len(shards)} of the {progress.shards} shards in progress.json; use --overwrite")
     return progress
 
 
@@ -453,7 +322,7 @@ class ShardWriter:
         tokens = torch.frombuffer(self.ids, dtype=torch.uint16 if self.ids.typecode == "H" else torch.int32)
         tensors = {"tokens": tokens, "document_offsets": torch.frombuffer(self.offsets, dtype=torch.int64)}
         metadata = {"tokenizer_sha256": vocabulary.sha256, "vocab_size": str(vocabulary.size)}
-        metadata["eos_token_id"] = "" if vocabulary.eos is None else str(vocabulary.eos)
+        metadata["eos_token_id"] = "" if vocabulary.eos_id is None else str(vocabulary.eos_id)
         self._publish(f"shard-{p.shards:05d}.safetensors", write_safetensors, tensors, metadata)
         p.shards, p.seconds = p.shards + 1, time.perf_counter() - self.started
         self._publish("progress.json", write_json, asdict(p))

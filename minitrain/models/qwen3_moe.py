@@ -84,14 +84,13 @@ class _AddLoss(torch.autograd.Function):
         return d, torch.ones_like(loss)
 
 
-def load_balancing_loss(probs_TE: Tensor, experts_TA: Tensor) -> Tensor:
+def load_balancing_loss(probs_TE: Tensor, counts_E: Tensor) -> Tensor:
     """E * sum over experts of (copies sent to it / T) * (its mean probability): A when balanced, at most E.
 
     Fedus et al. 2021, arXiv:2101.03961, eq. 4, in the scale of Hugging Face's router_aux_loss_coef.
     """
-    E = probs_TE.shape[1]
-    sent_E = F.one_hot(experts_TA, E).sum((0, 1)) / len(probs_TE)
-    return E * (sent_E * probs_TE.mean(0)).sum()
+    T, E = probs_TE.shape
+    return E / T * (counts_E * probs_TE.mean(0)).sum()
 
 
 class Experts(nn.Module):
@@ -148,14 +147,14 @@ class MoE(nn.Module):
         y_RD = self.experts(x_RD, counts_E)
         y_TAD = _GatherRows.apply(y_RD, place_R, order_R, 1).unflatten(0, (-1, A))
         y_TD = (y_TAD * weights_TA[..., None].to(y_TAD.dtype)).sum(1)
-        return self._add_router_losses(y_TD, logits_TE, probs_TE, experts_TA, batch)
+        return self._add_router_losses(y_TD, logits_TE, probs_TE, counts_E, batch)
 
-    def _add_router_losses(self, y_TD, logits_TE, probs_TE, experts_TA, batch):
+    def _add_router_losses(self, y_TD, logits_TE, probs_TE, counts_E, batch):
         if not torch.is_grad_enabled():
             return y_TD
         loss = 0.0
         if self.cfg.router_aux_loss_coef:
-            loss = loss + self.cfg.router_aux_loss_coef * load_balancing_loss(probs_TE, experts_TA)
+            loss = loss + self.cfg.router_aux_loss_coef * load_balancing_loss(probs_TE, counts_E)
         if self.cfg.router_z_loss_coef:
             loss = loss + self.cfg.router_z_loss_coef * logits_TE.logsumexp(-1).square().mean()
         if not torch.is_tensor(loss):

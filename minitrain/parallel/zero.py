@@ -48,7 +48,7 @@ class ShardedOptimizer:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """One step of the optimizer at this learning rate, new weights to the model, gradients gone."""
+        """After clip_grad_norm: one step at this learning rate, new weights to the model, gradients gone."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if getattr(self.optimizer, "_step_supports_amp_scaling", False):

@@ -1,0 +1,249 @@
+"""Stopping and going on. The claim is exact: an interrupted run ends with the bits of one that never stopped."""
+
+import ast
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, read_metrics, tiny_run, write_corpus
+
+from minitrain import PackedData, Qwen3Config, Qwen3MoeConfig, UserError, build_model, train
+from minitrain.config import to_toml
+from minitrain.models import init_weights
+from minitrain.parallel.mesh import Mesh
+
+ROOT = Path(__file__).parents[1]
+TIED = Qwen3Config(**TINY)
+MOE = Qwen3MoeConfig(**TINY, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2)
+LARGER = Qwen3Config(**{**TINY, "num_hidden_layers": 3})
+WIDER = Qwen3Config(**{**TINY, "intermediate_size": 64})
+
+
+class Interrupted(Exception):
+    """Stands for whatever ends a process."""
+
+
+def stop_after(step):
+    def on_step(done, model, extras):
+        if done == step:
+            raise Interrupted
+
+    return on_step
+
+
+def run_until(step, cfg, **parts):
+    with pytest.raises(Interrupted):
+        train(cfg, on_step=stop_after(step), **parts)
+
+
+def results(cfg):
+    """What has to be equal: every step's loss and gradient norm, and the bytes of weights and moments."""
+    rows = [(row["step"], row["loss"], row["grad_norm"], row["lr"]) for row in read_metrics(cfg.run_dir)]
+    assert [step for step, *_ in rows] == list(range(1, cfg.train.steps + 1))  # each step exactly once
+    return rows, manifest(cfg)["sha256"]
+
+
+def manifest(cfg):
+    return json.loads((newest(cfg) / "manifest.json").read_text())
+
+
+def newest(cfg):
+    return max(checkpoints(cfg))
+
+
+def checkpoints(cfg):
+    return sorted(path for path in (Path(cfg.run_dir) / "checkpoints").iterdir() if not path.suffix)
+
+
+def pair(corpus, tmp_path, **options):
+    """The same run twice: one to be left alone, one to be disturbed."""
+    return (tiny_run(corpus, tmp_path / name, checkpoint={"every": 10}, **options) for name in ("calm", "disturbed"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", [TIED, MOE], ids=["tied", "moe"])
+def test_resume_is_bitwise(corpus, tmp_path, model, dtype):
+    options = {"model": model, "data": {"rows_per_step": 2}, "train": {"dtype": dtype}}
+    calm, disturbed = pair(corpus, tmp_path, **options)
+    expected = dict(train(calm).named_parameters())
+    run_until(13, disturbed)
+    assert manifest(disturbed)["step"] == 10
+    for name, p in train(disturbed).named_parameters():
+        assert p.dtype == getattr(torch, dtype) and torch.equal(p, expected[name]), name
+    assert results(disturbed) == results(calm)
+
+
+def test_a_killed_process_goes_on_bitwise(corpus, tmp_path):
+    calm, killed = pair(corpus, tmp_path)
+    train(calm)
+    (tmp_path / "killed.toml").write_text(to_toml(killed))
+    script = (
+        "import os, signal, sys, minitrain as mt\n"
+        "from minitrain.config import load_config\n"
+        "from minitrain.hf import default_config\n"
+        "def kill(step, *_):\n"
+        "    if step == 13: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "mt.train(load_config(sys.argv[1], [], default_config), on_step=kill)\n"
+    )
+    process = subprocess.run([sys.executable, "-c", script, tmp_path / "killed.toml"], cwd=ROOT, stderr=subprocess.PIPE)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    with open(Path(killed.run_dir) / "metrics.jsonl", "a") as file:
+        file.write('{"step": 11, "loss": 4.')  # a line that was being written
+    train(killed)
+    assert results(killed) == results(calm)
+
+
+def test_metrics_hold_each_step_once_however_often_a_run_stops(corpus, tmp_path):
+    calm, disturbed = pair(corpus, tmp_path, train={"log_every": 5})
+    train(calm)
+    run_until(18, disturbed)
+    assert len(read_metrics(disturbed.run_dir)) == 15
+    run_until(12, disturbed)
+    assert [row["step"] for row in read_metrics(disturbed.run_dir)] == list(range(1, 11))
+    train(disturbed)
+    assert results(disturbed) == results(calm)
+
+
+def test_an_iterator_without_state_is_advanced(corpus, tmp_path):
+    calm, disturbed = pair(corpus, tmp_path)
+
+    def plain(cfg):
+        yield from PackedData(cfg.data, Mesh(torch.device("cpu")), 101)
+
+    train(calm)
+    run_until(13, disturbed, data=plain(disturbed))
+    assert manifest(disturbed)["data"] is None
+    train(disturbed, data=plain(disturbed))
+    assert results(disturbed) == results(calm)
+
+
+def test_a_finished_run_stays_as_it_is(corpus, tmp_path):
+    cfg, _ = pair(corpus, tmp_path)
+    train(cfg)
+    before = results(cfg)
+    train(cfg)
+    assert results(cfg) == before
+
+
+# ---- which folders there are
+
+
+def test_a_checkpoint_that_was_being_written_is_ignored(corpus, tmp_path):
+    calm, disturbed = pair(corpus, tmp_path)
+    train(calm)
+    run_until(13, disturbed)
+    for step in (20, 99):
+        leftover = Path(disturbed.run_dir) / "checkpoints" / f"step-{step:08}.tmp"
+        leftover.mkdir()
+        (leftover / "manifest.json").write_text("{")
+    train(disturbed)
+    assert results(disturbed) == results(calm)
+
+
+def test_the_newest_checkpoints_are_kept(corpus, tmp_path):
+    cfg = tiny_run(corpus, tmp_path / "run", checkpoint={"every": 3, "keep": 2}, train={"steps": 10})
+    train(cfg)
+    assert [path.name for path in checkpoints(cfg)] == ["step-00000009", "step-00000010"]
+
+
+def test_every_0_writes_none(corpus, tmp_path):
+    cfg = tiny_run(corpus, tmp_path / "run", checkpoint={"every": 0}, train={"steps": 3})
+    train(cfg)
+    assert not (tmp_path / "run" / "checkpoints").exists() and len(read_metrics(cfg.run_dir)) == 3
+
+
+def test_resume_false_refuses_a_run_that_has_begun(corpus, tmp_path):
+    cfg = tiny_run(corpus, tmp_path / "run", checkpoint={"resume": False}, train={"steps": 3})
+    train(cfg)
+    with pytest.raises(UserError, match=r"holds a run already and checkpoint\.resume is false"):
+        train(cfg)
+
+
+# ---- what is refused
+
+
+@pytest.fixture
+def stopped(corpus, tmp_path):
+    """A run with a checkpoint after step 4 of 6."""
+    cfg = tiny_run(corpus, tmp_path / "run", train={"steps": 6}, checkpoint={"every": 4})
+    run_until(5, cfg)
+    return cfg
+
+
+def refuse(cfg, complaint, **parts):
+    """Resuming fails in one line that says where and why, and has changed nothing."""
+    model = build_model(cfg.model, "cpu")
+    init_weights(model, seed=9)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(UserError, match=complaint) as error:
+        train(cfg, model=model, **parts)
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("place", ["header", "middle", "last byte"])
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors"])
+def test_a_flipped_bit_is_refused(stopped, file, place):
+    path = newest(stopped) / file
+    content = bytearray(path.read_bytes())
+    content[{"header": 20, "middle": len(content) // 2, "last byte": -1}[place]] ^= 1
+    path.write_bytes(content)
+    refuse(stopped, f"{file}: damaged")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "manifest.json"])
+def test_a_missing_file_is_refused(stopped, file):
+    (newest(stopped) / file).unlink()
+    refuse(stopped, f"{file}: no such file")
+
+
+@pytest.mark.parametrize(
+    "old, new, complaint",
+    [
+        ('"format": 1', '"format": 9', "format 9, this version reads 1"),
+        ('"step": 4,\n  "o', '"step": 5,\n  "o', "manifest.json: damaged"),
+        ('"optimizer"', '"optimiser"', "manifest.json: damaged"),
+        ("{", "", "cannot be read as JSON"),
+    ],
+)
+def test_a_damaged_manifest_is_refused(stopped, old, new, complaint):
+    path = newest(stopped) / "manifest.json"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    refuse(stopped, complaint)
+
+
+@pytest.mark.parametrize("other", [LARGER, WIDER, MOE], ids=["layers", "width", "moe"])
+def test_another_model_is_refused(stopped, other):
+    refuse(dataclasses.replace(stopped, model=other), r"of another model: layers\..* is .* there and .* in the config")
+
+
+def test_another_corpus_is_refused(stopped, tmp_path):
+    write_corpus(tmp_path / "other", [[1, 2, 3]] * 50)
+    stopped.data.path = str(tmp_path / "other")
+    refuse(stopped, "not the corpus")
+
+
+def test_another_optimizer_is_refused(stopped):
+    refuse(stopped, "of another optimizer: AdamW there, SGD here", optimizer=torch.optim.SGD)
+
+
+def test_another_kind_of_data_is_refused(stopped):
+    refuse(stopped, "another kind of data", data=iter([]))
+
+
+def test_nothing_unpickles():
+    """No file of the project imports pickle or its kin, or calls what unpickles in torch."""
+    kin = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+    for path in [*(ROOT / "minitrain").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not kin & {module.split(".")[0] for module in modules}, path
+            assert not (isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "torch.save")), path

@@ -1,0 +1,145 @@
+"""The meter against arithmetic by hand, and what metrics.jsonl and the console say."""
+
+import pytest
+import torch
+from conftest import TINY, read_metrics, tiny_run
+
+from minitrain import LlamaConfig, PackedData, Qwen3Config, Qwen3MoeConfig, build_model, metrics, train
+from minitrain.metrics import Flops, peak_tflops
+from minitrain.models import init_weights
+from minitrain.parallel.mesh import Mesh
+
+# ---- FLOPs
+
+
+def test_qwen3_0_6b_needs_5_gflop_for_a_token_of_a_document_of_4096():
+    flops = Flops.of(build_model(Qwen3Config()))
+    attention = 1024 * 16 * 128 + 2 * 1024 * 8 * 128 + 16 * 128 * 1024  # q, k and v, o
+    assert flops.blocks == 28 * (attention + 3 * 1024 * 3072) == 440_401_920
+    assert flops.head == 151_936 * 1024  # tied, and a matrix product all the same
+    assert flops.attention == 28 * 16 * 128
+    per_token = flops.causal(4096, 4096**2) / 4096
+    assert per_token == 6 * 595_984_384 + 6 * 28 * 16 * 128 * 4096 == 4_985_192_448
+
+
+def test_an_untied_model_has_the_same_matrices_to_multiply():
+    tied, untied = (Flops.of(build_model(Qwen3Config(tie_word_embeddings=t))) for t in (True, False))
+    assert tied == untied
+
+
+def test_norms_biases_and_the_embedding_are_no_matrix_products():
+    plain, biased = (Flops.of(build_model(LlamaConfig(**TINY, attention_bias=b))) for b in (False, True))
+    matrices = 2 * (32 * 64 + 2 * 32 * 32 + 64 * 32 + 3 * 32 * 48)
+    assert plain == biased == Flops(blocks=matrices, head=101 * 32, attention=2 * 4 * 16)
+
+
+def test_of_experts_the_active_ones_count():
+    flops = Flops.of(build_model(Qwen3MoeConfig()))  # 30B-A3B
+    attention = 2048 * 32 * 128 + 2 * 2048 * 4 * 128 + 32 * 128 * 2048
+    router, expert = 128 * 2048, 3 * 2048 * 768
+    assert flops.blocks == 48 * (attention + router + 8 * expert)
+    assert flops.blocks + flops.head == pytest.approx(3.04e9, rel=1e-2)  # the 3B of A3B, less the embedding
+
+
+def test_c_f_and_hfu_are_what_the_docstring_says():
+    flops = Flops(blocks=1000, head=100, attention=7)
+    tokens, pairs = 50, 30**2 + 20**2
+    assert flops.causal(tokens, pairs) == 6 * 1100 * 50 + 6 * 7 * 1300
+    assert flops.full(tokens, pairs) == 6 * 1100 * 50 + 12 * 7 * 1300
+    assert flops.hardware(tokens, pairs, "none") == flops.causal(tokens, pairs)
+    assert flops.hardware(tokens, pairs, "full") == flops.causal(tokens, pairs) + 2 * 1000 * 50 + 2 * 7 * 1300
+
+
+@pytest.mark.parametrize(
+    "device, peak",
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H20", 148),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10", 125),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA A10G", None),  # slower than an A10
+        ("NVIDIA RTX A4000", None),  # not an A40
+        ("CPU", None),
+    ],
+)
+def test_a_peak_is_of_this_device_or_not_claimed(device, peak):
+    assert peak_tflops(device) == peak
+
+
+# ---- what a run writes
+
+FIELDS = ["step", "lr", "trained_tokens", "loss", "grad_norm", "tokens_per_s", "step_ms", "tflops_c", "data_wait_ms"]
+
+
+def test_every_line_has_the_fields(corpus, tmp_path):
+    train(tiny_run(corpus, tmp_path / "run", train={"steps": 12, "log_every": 5}))
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert all(list(row) == FIELDS for row in rows)
+    assert all(row["tokens_per_s"] > 0 and row["step_ms"] > 0 and row["tflops_c"] > 0 for row in rows)
+    assert all(0 < row["trained_tokens"] <= 64 for row in rows)
+    assert len({row["step_ms"] for row in rows}) == 3  # means over steps 1-5, 6-10 and 11-12
+    assert rows[4]["step_ms"] * rows[4]["tokens_per_s"] == pytest.approx(64_000)
+
+
+def test_the_meter_counts_the_pairs_of_the_documents_that_came(corpus, tmp_path):
+    cfg = tiny_run(corpus, tmp_path / "run", train={"steps": 3, "log_every": 1}, data={"rows_per_step": 2})
+    flops = Flops.of(train(cfg))
+    data = PackedData(cfg.data, Mesh(torch.device("cpu")), 101)
+    for row, batches in zip(read_metrics(tmp_path / "run"), data, strict=False):
+        pairs = sum(n**2 for batch in batches for n in batch.cu_seqlens_q.diff().tolist())
+        assert row["tflops_c"] / row["tokens_per_s"] == pytest.approx(flops.causal(128, pairs) / 128 / 1e12)
+
+
+def test_an_unknown_device_gets_tflops_and_no_percentage(corpus, tmp_path, capsys):
+    train(tiny_run(corpus, tmp_path / "run", train={"steps": 1}))
+    line = capsys.readouterr().out
+    assert "TFLOP/s" in line and "%" not in line and "MFU" not in line
+
+
+def test_a_known_device_gets_three_percentages(corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(metrics, "peak_tflops", lambda name: 0.5)
+    model = train(tiny_run(corpus, tmp_path / "run", train={"steps": 1, "recompute": "full"}))
+    (row,) = read_metrics(tmp_path / "run")
+    assert row["mfu_c"] == pytest.approx(row["tflops_c"] / 0.5)
+    flops, tokens = Flops.of(model), 64
+    pairs = (row["tflops_c"] / row["tokens_per_s"] * 1e12 * tokens - flops.causal(tokens, 0)) / (6 * flops.attention)
+    assert row["mfu_f"] / row["mfu_c"] == pytest.approx(flops.full(tokens, pairs) / flops.causal(tokens, pairs))
+    assert row["hfu"] / row["mfu_c"] == pytest.approx(
+        flops.hardware(tokens, pairs, "full") / flops.causal(tokens, pairs)
+    )
+    line = capsys.readouterr().out
+    assert f"MFU {row['mfu_c']:.1%} (full attention {row['mfu_f']:.1%}, hardware {row['hfu']:.1%})" in line
+
+
+def test_expert_load_is_the_share_of_rows_since_the_line_before(corpus, tmp_path):
+    cfg = Qwen3MoeConfig(**TINY, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2)
+    model = build_model(cfg, "cpu")
+    init_weights(model, seed=0)
+    counts = torch.zeros(2, 2, 4)  # line, layer, expert
+    calls = []
+
+    def count(layer):
+        def hook(module, args):
+            counts[len(calls) // 2 // 3, layer] += args[1]
+            calls.append(layer)
+
+        return hook
+
+    for i in range(2):
+        model.layers[str(i)].mlp.experts.register_forward_pre_hook(count(i))
+    train(tiny_run(corpus, tmp_path / "run", train={"steps": 6, "log_every": 3}), model=model)
+    assert counts.sum() == 6 * 2 * 64 * 2  # steps, layers, tokens, experts for each
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows if "expert_load" in row] == [3, 6]
+    for row, counted in zip((rows[2], rows[5]), counts, strict=True):
+        load = torch.tensor(row["expert_load"])
+        torch.testing.assert_close(load, counted / counted.mean(1, keepdim=True), atol=0.0051, rtol=0)
+        torch.testing.assert_close(load.sum(1), torch.full((2,), 4.0), atol=0.03, rtol=0)
