@@ -248,8 +248,9 @@ def flex(q_THC, k_SKC, v_SKC, cu_q, cu_k, max_seqlen, window):
 def _document_and_place(rows, cu):
     """Of each row: its document, and its position, counted so that the last row of every document has -1."""
     row = torch.arange(rows, device=cu.device, dtype=cu.dtype)
-    doc = torch.searchsorted(cu[1:].contiguous(), row, right=True)
-    return doc, row - cu[1:][doc]
+    # NOTE: not in cu[1:]: compiled for CUDA, torch 2.11 forgets where a slice begins and searches all of cu.
+    doc = torch.searchsorted(cu, row, right=True) - 1
+    return doc, row - cu[doc + 1]
 
 
 def flash_attn(q_THC, k_SKC, v_SKC, cu_q, cu_k, max_seqlen, window):

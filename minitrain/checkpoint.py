@@ -105,5 +105,8 @@ def _read_manifest(path: Path) -> dict:
         if not (path / file).exists():
             raise UserError(f"{path / file}: no such file")
         if sha256(path / file) != manifest["sha256"].get(file):
-            raise UserError(f"{path / file}: damaged: its sha256 is not the one in manifest.json")
+            raise UserError(
+                f"{path / file}: damaged: its sha256 is not the one in manifest.json; "
+                "without that folder the run goes on from the checkpoint before it"
+            )
     return manifest

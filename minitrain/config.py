@@ -70,8 +70,8 @@ class OptimConfig:
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
 
     def __post_init__(self):
-        _at_least(0, optim__lr=self.lr, optim__warmup_steps=self.warmup_steps, optim__decay_steps=self.decay_steps,
-                  optim__weight_decay=self.weight_decay, optim__max_norm=self.max_norm, optim__eps=self.eps)  # fmt: skip
+        for name in ("lr", "warmup_steps", "decay_steps", "weight_decay", "max_norm", "eps"):
+            _at_least(0, **{f"optim__{name}": getattr(self, name)})
         for name in ("beta1", "beta2", "min_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"optim.{name}={getattr(self, name)}: must be between 0 and 1")

@@ -22,7 +22,7 @@ from minitrain.models import build_model, init_weights, load_object, materialize
 from minitrain.optim import adamw, lr_at
 from minitrain.parallel import compute_dtype, parallelize
 from minitrain.parallel.mesh import Mesh, init_mesh
-from minitrain.parallel.zero import shard_optimizer
+from minitrain.parallel.zero import ShardedOptimizer
 
 
 def train(
@@ -49,7 +49,7 @@ def train(
     data = data or PackedData(cfg.data, mesh, model.config.vocab_size)
     set_weights(model, cfg, mesh)
     model = parallelize(model, mesh, cfg.train)
-    opt = shard_optimizer(model, optimizer or adamw(cfg.optim))
+    opt = ShardedOptimizer(model, optimizer or adamw(cfg.optim))
     ckpt = Checkpointer(cfg.checkpoint, Path(cfg.run_dir), opt, data)
     first = ckpt.resume()
     with Log(open_run(cfg), cfg.train, model, mesh, first) as log:
@@ -57,7 +57,7 @@ def train(
             batches = log.wait_for(data)  # this rank's rows of the step
             tokens = mesh.sum(sum(b.num_targets for b in batches))  # trained tokens, all ranks
             loss, extras = forward_backward(model, batches, loss_fn, scale=1 / max(1, tokens))
-            norm = opt.clip_grad_norm(cfg.optim.max_norm)  # stays on the device
+            norm = opt.clip_grad_norm(cfg.optim.max_norm, loss)  # both stay on the device
             lr = lr_at(step, cfg.optim, cfg.train.steps)
             opt.step(lr)
             log.step(step + 1, batches, loss, norm, lr, extras)

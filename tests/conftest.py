@@ -57,7 +57,8 @@ def corpus(tmp_path):
     generator = torch.Generator().manual_seed(0)
     begins = torch.randint(0, 97, (300,), generator=generator).tolist()
     lengths = torch.randint(1, 61, (300,), generator=generator).tolist()
-    return write_corpus(tmp_path / "corpus", [[(b + i) % 97 for i in range(n)] for b, n in zip(begins, lengths)])
+    documents = [[(b + i) % 97 for i in range(n)] for b, n in zip(begins, lengths, strict=True)]
+    return write_corpus(tmp_path / "corpus", documents)
 
 
 def tiny_run(corpus, run_dir, model=None, **sections):

@@ -160,7 +160,6 @@ def test_a_flag_for_no_file_is_one_line(cli, tmp_path):
     refuse(cli, tmp_path, ["--config"], "--config: which file?")
 
 
-@pytest.mark.xfail(strict=True, reason="load_object raises ValueError, which main does not take for a user's mistake")
 @pytest.mark.parametrize("loss", ["no_such_module:loss", "minitrain.loss:no_such_loss", "minitrain.loss", ""])
 def test_a_loss_that_is_not_there_is_one_line(cli, config, tmp_path, loss):
     refuse(cli, tmp_path, ["--config", config, f"--train.loss={loss}"], repr(loss), "cannot be imported")

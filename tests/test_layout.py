@@ -74,7 +74,7 @@ def violations(sources):
 
 def closure(name):
     """The files that importing one needs, itself too. The __init__ files of minitrain and minitrain.models run as
-    well, but are not counted: they import nothing of minitrain (test_packages_are_lazy)."""
+    well, but are not counted: nobody has to read them for a model (test_packages_are_lazy)."""
     seen, todo = set(), {name}
     while todo:
         name = todo.pop()
@@ -100,7 +100,7 @@ def test_files_import_only_lower_floors():
         ("models.layers", "from minitrain.hf import from_pretrained"),
         ("models.layers", "def f():\n    from minitrain import train"),
         ("models.qwen3", "from minitrain.models.llama import LlamaConfig"),  # an architecture stands on its own
-        ("loss", "from minitrain.parallel.zero import shard_optimizer"),  # across the columns of floor 2 ...
+        ("loss", "from minitrain.parallel.zero import ShardedOptimizer"),  # across the columns of floor 2 ...
         ("parallel.zero", "try:\n    from minitrain import loss\nexcept ImportError: pass"),  # ... in both directions
         ("checkpoint", "if True:\n    from minitrain.parallel import parallelize"),  # its own floor
         ("attention", "from minitrain import attention"),
@@ -130,7 +130,7 @@ def test_closure_follows_imports():
 
 def test_packages_are_lazy():
     for source in (PACKAGE, SOURCES["models"]):
-        assert [other for other, deferred in imports(source) if not deferred] == []
+        assert {other for other, deferred in imports(source) if not deferred} <= FLOORS[0]
 
 
 @pytest.mark.parametrize("name", sorted(n for n in SOURCES if n.split(".")[0] == "models"))

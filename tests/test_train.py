@@ -143,7 +143,6 @@ def test_a_nan_stops_an_optimizer_that_does_not_know_of_them(corpus, tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="only the gradient norm is looked at before a step")
 def test_a_nan_in_the_loss_alone_stops_the_run_before_the_step(corpus, tmp_path):
     """The gradient is finite here: only the loss tells."""
 

@@ -7,6 +7,8 @@ import zlib
 import torch
 from torch import nn
 
+from minitrain.config import UserError
+
 MODELS = {  # Hugging Face's model_type -> the class
     "qwen3": "minitrain.models.qwen3:Qwen3ForCausalLM",
     "qwen3_moe": "minitrain.models.qwen3_moe:Qwen3MoeForCausalLM",
@@ -16,19 +18,19 @@ MODELS = {  # Hugging Face's model_type -> the class
 
 
 def model_class(type: str) -> type[nn.Module]:
-    """The class for a name in MODELS, or for "module:Class" of your own. ValueError if there is none."""
+    """The class for a name in MODELS, or for "module:Class" of your own. UserError if there is none."""
     if type not in MODELS and ":" not in type:
-        raise ValueError(f'model.type={type!r} is unknown; there are {", ".join(MODELS)}, or "module:Class"')
+        raise UserError(f'model.type={type!r} is unknown; there are {", ".join(MODELS)}, or "module:Class"')
     return load_object(MODELS.get(type, type))
 
 
 def load_object(path: str):
-    """What "package.module:name" names. ValueError if it is not there."""
+    """What "package.module:name" names. UserError if it is not there."""
     module, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{path!r} cannot be imported: {error}") from None
+    except (ImportError, AttributeError, ValueError) as error:  # ValueError: an empty name
+        raise UserError(f"{path!r} cannot be imported: {error}") from None
 
 
 def build_model(cfg, device: torch.device | str = "meta") -> nn.Module:

@@ -13,36 +13,33 @@ import torch
 from torch import Tensor, nn
 
 
-def shard_optimizer(
-    model: nn.Module, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-) -> "ShardedOptimizer":
-    """make(params) gets the master weights: any class of torch.optim, or of its shape."""
-    return ShardedOptimizer(model, make)
-
-
 class ShardedOptimizer:
-    """Any torch.optim.Optimizer over the master weights of a model. masters: {parameter's name: fp32 Parameter}.
+    """Any torch.optim.Optimizer over the master weights of a model: make(list of fp32 Parameters) -> the optimizer.
 
-    Nothing here waits for the device, if the optimizer knows torch's grad_scale and found_inf (the fused ones do):
-    a norm that is no number then skips this step and all that follow, so that the weights stay as they were
-    until the host reads the norm and stops. For other optimizers the host looks at the norm before each step.
+    masters: {parameter's name: its master}. Nothing here waits for the device, if the optimizer knows torch's
+    grad_scale and found_inf (the fused ones do): a loss or norm that is no number then skips this step and all that
+    follow, so that the weights stay as they were until the host reads it and stops. For other optimizers the host
+    looks before each step.
     """
 
-    def __init__(self, model, make):
+    def __init__(self, model: nn.Module, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]):
         self.params = dict(model.named_parameters())
         self.masters = {name: _master(p) for name, p in self.params.items()}
         self.optimizer = make(list(self.masters.values()))
-        self.grad_scale = self.broken = None  # 0-d fp32: divides the gradients; 1 once a norm was no number
+        self.grad_scale = self.broken = None  # 0-d fp32: divides the gradients; 1 once something was no number
         for name, p in self.params.items():
             if self.masters[name] is not p:
                 p.register_post_accumulate_grad_hook(_grad_mover(self.masters[name]))
 
-    def clip_grad_norm(self, max_norm: float) -> Tensor:
-        """Norm of the whole gradient, fp32 scalar on the device. The step will scale it down to max_norm (0: never)."""
+    def clip_grad_norm(self, max_norm: float, loss: Tensor | float = 0.0) -> Tensor:
+        """Norm of the whole gradient, fp32 scalar on the device. The step will scale it down to max_norm (0: never).
+
+        loss: what else must be a number for the step to be taken.
+        """
         norms = torch._foreach_norm([m.grad for m in self.masters.values() if m.grad is not None])
         norm = torch.linalg.vector_norm(torch.stack(norms))
         self.grad_scale = (norm / max_norm).clamp(min=1) if max_norm else torch.ones_like(norm)
-        broken = (~norm.isfinite()).float()
+        broken = (~(norm + loss).isfinite()).float()
         self.broken = broken if self.broken is None else torch.maximum(self.broken, broken)
         return norm
 
