@@ -30,4 +30,6 @@ bench: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(PY) -c 'import importlib.util; print("CUDA extension:", "built" if importlib.util.find_spec("minitrain.kernels") \
+		else "not built, no nvcc on the path; torch does its work")'
 	touch $@

@@ -57,11 +57,10 @@ def finish(cfg: Config, model) -> None:
         save_pretrained(model, run_dir / "export", None if cfg.model.pretrained else source, overwrite=True)
     if cfg.train.sample:
         print(sample(cfg.train.sample, model, source))
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    if rows:
-        written = f"; Hugging Face folder: {run_dir / 'export'}" if cfg.checkpoint.export else ""
-        first, last = rows[0], rows[-1]
-        print(f"loss {first['loss']:.3f} at step {first['step']} -> {last['loss']:.3f} at step {last['step']}{written}")
+    losses = [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    last = losses[-cfg.train.log_every :]
+    written = f"; Hugging Face folder: {run_dir / 'export'}" if cfg.checkpoint.export else ""
+    print(f"loss {losses[0]:.3f} at step 1 -> {sum(last) / len(last):.3f}, mean of the last {len(last)} steps{written}")
 
 
 def sample(prompt: str, model, tokenizer_folder: Path, max_new_tokens: int = 120) -> str:

@@ -57,7 +57,9 @@ def config(corpus, tmp_path):
 def test_a_run_trains_exports_and_sums_itself_up(cli, config, tmp_path):
     code, out, err = cli("--config", config, "--train.sample", "7", "--train.steps=6")
     assert (code, err) == (0, "")
-    assert re.search(r"^loss \d\.\d+ at step 1 -> \d\.\d+ at step 6; Hugging Face folder: .*run/export$", out, re.M)
+    assert re.search(
+        r"^loss \d\.\d+ at step 1 -> \d\.\d+, mean of the last \d+ steps; Hugging Face folder: .*run/export$", out, re.M
+    )
     assert re.search(r"^7 \d+ \d+ ", out, re.M)  # the sample goes on from its prompt
     run_dir = tmp_path / "run"
     assert {path.name for path in run_dir.iterdir()} == {
@@ -96,7 +98,7 @@ def test_a_real_process_exits_with_0_and_with_2(config):
     command = [sys.executable, "-m", "minitrain", f"--config={config}"]
     options = {"cwd": ROOT, "capture_output": True, "text": True, "env": {**os.environ, "PYTHONIOENCODING": "utf-8"}}
     good = subprocess.run([*command, "--checkpoint.export=false"], **options)
-    assert (good.returncode, good.stderr) == (0, "") and "at step 5" in good.stdout
+    assert (good.returncode, good.stderr) == (0, "") and "mean of the last 5 steps" in good.stdout
     bad = subprocess.run([*command, "--train.steps=many"], **options)
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr == "error: --train.steps: invalid literal for int() with base 10: 'many'\n"
