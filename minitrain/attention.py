@@ -44,7 +44,7 @@ def attention(
     # As many rows as N documents of the longest length: then every document has that length. Known without a sync.
     equal_lengths = bool(len(q_THC) == len(k_SKC) == (len(cu_seqlens_q) - 1) * max_seqlen)
     facts = Facts(q_THC.device.type, q_THC.dtype, q_THC.shape[-1], equal_lengths, window is not None)
-    name = choose(backend or "auto", *facts, compiled=torch.compiler.is_compiling())
+    name = choose(backend or "auto", *facts)
     return BACKENDS[name](q_THC, k_SKC, v_SKC, cu_seqlens_q, cu_seqlens_k, max_seqlen, window)
 
 
@@ -120,7 +120,6 @@ def choose(
     head_dim: int,
     equal_lengths: bool = False,
     window: bool = False,
-    compiled: bool = False,
 ) -> str:
     """The backend's name, "auto" resolved. ValueError if there is none of that name, or why it cannot run.
 
@@ -137,8 +136,7 @@ def choose(
         order = ["sdpa", "reference"]
     else:
         order = ["sdpa"] if equal_lengths else []
-        order += ["flex", "flash_attn", "varlen"] if compiled else ["flash_attn", "varlen", "flex"]
-        order += ["reference"]
+        order += ["flash_attn", "varlen", "flex", "reference"]
     name = next(n for n in order if why_not(n, facts) is None)
     if (name, *facts[:3]) not in _said:
         _said.add((name, *facts[:3]))

@@ -15,12 +15,13 @@ from reference import (
     hub_model,
     transformers_gradients,
 )
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from minitrain.batch import Batch
 from minitrain.hf import from_pretrained
 from minitrain.loss import cross_entropy
-from minitrain.models import build_model, init_weights, materialize, model_class
+from minitrain.models import build_model, init_weights, materialize, model_class, qwen3_moe
 from minitrain.models.layers import rope_frequencies
 from minitrain.models.qwen3_moe import MoE, Qwen3MoeConfig, load_balancing_loss
 
@@ -235,6 +236,64 @@ def test_moe_equals_a_loop_over_tokens(per_token, favour, sent, norm_topk_prob):
     for expert, rows in (sent or {}).items():
         assert counts[expert] == rows
         assert rows or not got["experts.up_proj"][expert].any()
+
+
+on_cpu_and_gpu = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+@on_cpu_and_gpu
+@pytest.mark.parametrize("counts", [[5, 3, 8, 1], [0, 9, 0, 8], [17, 0, 0, 0], [0, 0, 0, 17]])
+def test_the_grouped_matrix_product_is_that_of_each_experts_rows(counts, device):
+    x_RD = torch.randn(17, 32, device=device).bfloat16().requires_grad_()
+    w_EFD = torch.randn(4, 24, 32, device=device).bfloat16().requires_grad_()
+    counts_E, d_RF = torch.tensor(counts, device=device), torch.randn(17, 24, device=device).bfloat16()
+    results = []
+    for matmul in (qwen3_moe._grouped_matmul, qwen3_moe._matmul_by_expert):
+        y_RF = matmul(x_RD, w_EFD, counts_E)
+        results.append([y_RF, *torch.autograd.grad(y_RF, (x_RD, w_EFD), d_RF)])
+    for grouped, looped in zip(*results, strict=True):
+        torch.testing.assert_close(grouped, looped, rtol=2**-7, atol=2**-7 * looped.abs().max().item())
+
+
+def test_routing_reads_no_value_on_the_host(monkeypatch):
+    """Under fake tensors, which have no values, whatever needs one raises: as the loop over experts does."""
+
+    def forward_and_backward():
+        with torch.device("meta"):
+            moe = MoE(Qwen3MoeConfig(**TINY_MOE, router_z_loss_coef=0.1))
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            materialize(moe, "cpu", torch.bfloat16)
+            x_TD = torch.randn(16, TINY["hidden_size"], dtype=torch.bfloat16, requires_grad=True)
+            y_TD = moe(x_TD, batch)
+            y_TD.backward(torch.randn_like(y_TD))
+
+    batch = Batch.pack(documents(16))
+    with pytest.raises(DataDependentOutputException):
+        forward_and_backward()
+    monkeypatch.setattr(qwen3_moe, "_matmul_by_expert", qwen3_moe._grouped_matmul)  # what a GPU takes
+    forward_and_backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("favour", [None, 3])
+def test_experts_on_the_gpu_never_wait_for_it(favour):
+    moe = MoE(Qwen3MoeConfig(**TINY_MOE)).to("cuda", torch.bfloat16)
+    x_TD = torch.randn(64, TINY["hidden_size"], device="cuda").bfloat16()
+    with torch.no_grad():
+        if favour is not None:  # all tokens to two experts, none to the others
+            moe.gate.weight.zero_()
+            moe.gate.weight[favour : favour + 2] = x_TD.mean(0)
+            x_TD += 10 * x_TD.mean(0)
+    batch = Batch.pack([torch.randint(0, 101, (64,))]).to("cuda")
+    moe(x_TD.requires_grad_(), batch).sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y_TD = moe(x_TD, batch)
+        y_TD.backward(torch.ones_like(y_TD))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert x_TD.grad.isfinite().all() and moe.load.sum() == 2 * 2 * 64
+    assert favour is None or (moe.load > 0).sum() == 2
 
 
 def test_load_counts_until_it_is_zeroed_and_is_no_weight():
