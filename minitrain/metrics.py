@@ -99,13 +99,8 @@ class Log:
     """
 
     def __init__(self, run_dir: Path, cfg: TrainConfig, model: nn.Module, mesh: Mesh, first: int):
-        self.path, self.cfg, self.model, self.device, self.first = (
-            run_dir / "metrics.jsonl",
-            cfg,
-            model,
-            mesh.device,
-            first,
-        )
+        self.path, self.first = run_dir / "metrics.jsonl", first
+        self.cfg, self.model, self.device = cfg, model, mesh.device
         self.flops = Flops.of(model)
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         self.peak = peak_tflops(name)
@@ -180,18 +175,17 @@ class Log:
         self._start_window()
 
     def _speed(self, seconds) -> dict:
+        steps = len(self.waiting)
         tokens, pairs = sum(n for _, n, _, _ in self.waiting), sum(n for _, _, n, _ in self.waiting)
-        tflops = {
-            "c": self.flops.causal(tokens, pairs) / seconds / 1e12,
-            "f": self.flops.full(tokens, pairs) / seconds / 1e12,
-            "h": self.flops.hardware(tokens, pairs, self.cfg.recompute) / seconds / 1e12,
+        flops = {
+            "mfu_c": self.flops.causal(tokens, pairs),
+            "mfu_f": self.flops.full(tokens, pairs),
+            "hfu": self.flops.hardware(tokens, pairs, self.cfg.recompute),
         }
-        speed = {"tokens_per_s": tokens / seconds, "step_ms": 1000 * seconds / len(self.waiting)}
+        speed = {"tokens_per_s": tokens / seconds, "step_ms": 1000 * seconds / steps}
+        speed |= {"data_wait_ms": 1000 * self.data_wait / steps, "tflops_c": flops["mfu_c"] / seconds / 1e12}
         if self.peak:
-            speed |= {
-                name: value / self.peak for name, value in zip(("mfu_c", "mfu_f", "hfu"), tflops.values(), strict=True)
-            }
-        speed |= {"tflops_c": tflops["c"], "data_wait_ms": 1000 * self.data_wait / len(self.waiting)}
+            speed |= {name: value / seconds / 1e12 / self.peak for name, value in flops.items()}
         if self.device.type == "cuda":
             speed["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         return speed

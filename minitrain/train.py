@@ -4,6 +4,7 @@ Everything here is a function of modules that you can import; who needs another 
 """
 
 import platform
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from importlib.metadata import distributions
@@ -111,8 +112,7 @@ def open_run(cfg: Config) -> Path:
 
 
 def _environment() -> str:
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    version = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     packages = sorted({f"{d.name}=={d.version}" for d in distributions()})
-    return "\n".join([f"git {git.stdout.strip()}", f"python {platform.python_version()}", *packages]) + "\n"
+    return "\n".join([f"git {version}", f"python {platform.python_version()}", *packages]) + "\n"
