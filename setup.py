@@ -52,6 +52,7 @@ def build_ninja(nvcc):
     includes = shlex.join(f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include")))
     hopper = int("90a" in built)  # 0: no *_sm90.cu in this build, and bindings.cpp is told so
     lines = f"""
+builddir = {BUILD}
 nvcc = {shlex.quote(nvcc)} -O3 -std=c++17 -Xcompiler -fPIC -Xptxas -v -lineinfo
 cxx = c++ -O2 -std=c++17 -fPIC -fvisibility=hidden -Wall {includes}
 rule nvcc

@@ -1,6 +1,6 @@
 """python -m minitrain --config FILE.toml [--section.key value ...] [--help]
 
-Trains, then writes the export and the sample that the config asks for. What a person got wrong is one line and exit
+Trains, and prints the sample that the config asks for. What a person got wrong is one line and exit
 code 2; a traceback is a bug of ours.
 """
 
@@ -9,7 +9,7 @@ import logging
 import sys
 from pathlib import Path
 
-from minitrain.config import Config, UserError, exit_with, load_config
+from minitrain.config import Config, UserError, exit_with, load_config, take_config
 
 
 def main() -> None:
@@ -20,43 +20,29 @@ def main() -> None:
     except (UserError, FloatingPointError, OSError) as error:  # settings and files, a loss that is no number, the disk
         exit_with(error)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the newest checkpoint", file=sys.stderr)
+        print("\nstopped; the same command goes on from the newest checkpoint, if there is one", file=sys.stderr)
         sys.exit(130)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which main() does not import for --help's sake
+            raise
+        exit_with(f"{str(error).splitlines()[0]} Lower data.tokens_per_row, or set train.recompute to full.")
 
 
 def run(argv: list[str]) -> None:
     from minitrain.hf import default_config
 
-    path, flags = _take_config(argv)
-    cfg = load_config(path, flags, default_config)
+    cfg = load_config(*take_config(argv), default_config)
 
     from minitrain.train import train
 
-    model = train(cfg)
-    finish(cfg, model)
-
-
-def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
-    for i, word in enumerate(argv):
-        if word == "--config":
-            if i + 1 == len(argv):
-                raise UserError("--config: which file?")
-            return argv[i + 1], argv[:i] + argv[i + 2 :]
-        if word.startswith("--config="):
-            return word.removeprefix("--config="), argv[:i] + argv[i + 1 :]
-    return None, argv
+    finish(cfg, train(cfg))
 
 
 def finish(cfg: Config, model) -> None:
-    """Export, sample, and the line that sums the run up."""
-    run_dir = Path(cfg.run_dir)
-    source = Path(cfg.data.path)
-    if cfg.checkpoint.export:
-        from minitrain.hf import save_pretrained
-
-        save_pretrained(model, run_dir / "export", None if cfg.model.pretrained else source, overwrite=True)
+    """The sample, and the line that sums the run up."""
     if cfg.train.sample:
-        print(sample(cfg.train.sample, model, source))
+        print(sample(cfg.train.sample, model, Path(cfg.data.path)))
+    run_dir = Path(cfg.run_dir)
     losses = [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     last = losses[-cfg.train.log_every :]
     written = f"; Hugging Face folder: {run_dir / 'export'}" if cfg.checkpoint.export else ""

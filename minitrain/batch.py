@@ -33,7 +33,7 @@ class Batch:
     max_seqlen: int  # no document is longer; constant in a run
     num_targets: int | None = None  # trained tokens in this row
     num_pairs: int | None = None  # sum of squared document lengths: (query, key) pairs without the causal mask
-    share: float = 1.0  # this row's part of the step, 1 / rows in it: weighs what is averaged over rows, not tokens
+    share: float = 0.0  # in training 1 / rows of the step: weighs what is averaged over rows, such as router losses
 
     def __post_init__(self):
         if self.num_targets is None:

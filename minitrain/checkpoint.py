@@ -8,6 +8,7 @@
 The folder is filled under a temporary name, synced, and renamed: what bears the final name is complete.
 """
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import torch
 from minitrain.config import CheckpointConfig, UserError
 from minitrain.parallel.zero import ShardedOptimizer
 from minitrain.storage import NewFolder, open_safetensors, read_json, sha256, write_json, write_safetensors
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 FILES = ("model.safetensors", "optimizer.safetensors")
@@ -30,7 +33,7 @@ class Checkpointer:
     def __init__(self, cfg: CheckpointConfig, run_dir: Path, opt: ShardedOptimizer, data):
         self.cfg, self.opt, self.data = cfg, opt, data
         self.folder = run_dir / "checkpoints"
-        if self.find() and not cfg.resume:
+        if not cfg.resume and (self.find() or (run_dir / "metrics.jsonl").exists()):
             raise UserError(f"{run_dir} holds a run already and checkpoint.resume is false; choose another run_dir")
 
     def find(self) -> list[Path]:
@@ -53,7 +56,8 @@ class Checkpointer:
         wanted = {name: tuple(master.shape) for name, master in self.opt.masters.items()}
         if wrong := [n for n in sorted(shapes | wanted) if shapes.get(n) != wanted.get(n)]:
             n = wrong[0]
-            raise UserError(f"{path}: of another model: {n} is {shapes.get(n)} there and {wanted.get(n)} in the config")
+            there, here = shapes.get(n, "absent"), wanted.get(n, "absent")
+            raise UserError(f"{path}: of another model: {n} is {there} there and {here} in the config")
         if (manifest["data"] is not None) != hasattr(self.data, "load_state"):
             raise UserError(f"{path}: of a run on another kind of data: one has state() and load_state(), one has not")
         if manifest["data"] is not None:
@@ -66,6 +70,7 @@ class Checkpointer:
                 master.copy_(weights.get_tensor(name))
         self.opt.write_weights()
         self.opt.load_state({name: state.get_tensor(name) for name in state.keys()})  # noqa: SIM118
+        log.info("resumed from %s", path)
         return manifest["step"]
 
     @property

@@ -4,6 +4,7 @@ A TOML file and the command line are one thing here: the file's keys become flag
 checks types and makes --help from the sentences. Sizes of the model are in minitrain/models/, beside the model.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -100,7 +101,7 @@ class TrainConfig:
     log_every: int = 10
     """Steps between lines on the console."""
     sample: str = ""
-    """Text that the trained model goes on with when the run ends; empty: none."""
+    """Text that the trained model goes on with when `python -m minitrain` ends; empty: none."""
 
     def __post_init__(self):
         _at_least(1, train__steps=self.steps, train__log_every=self.log_every)
@@ -134,6 +135,11 @@ class Config:
     """Folder of this run: config.toml, metrics.jsonl, checkpoints, export."""
 
     def __post_init__(self):
+        if self.optim.warmup_steps + self.optim.decay_steps > self.train.steps and self.optim.decay_steps:
+            raise UserError(
+                f"optim.warmup_steps={self.optim.warmup_steps} and decay_steps={self.optim.decay_steps} "
+                f"are together more than train.steps={self.train.steps}"
+            )
         if self.data.max_seqlen > self.model.max_position_embeddings:
             raise UserError(
                 f"data.max_seqlen={self.data.max_seqlen} is more than "
@@ -148,6 +154,17 @@ def _at_least(least, **settings):
 
 
 # ---- file and command line
+
+
+def take_config(argv: list[str]) -> tuple[str | None, list[str]]:
+    """-> the value of --config, and the other words."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config")
+    try:
+        known, others = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"--config: {error.message}") from None
+    return known.config, others
 
 
 def load_config(path: str | Path | None, flags: list[str], model_config: Callable[[str, str], Any]) -> Config:
@@ -224,7 +241,8 @@ def _run_tyro(schema, flags) -> Config:
                 schema,
                 args=flags,
                 prog="python -m minitrain [--config FILE.toml]",
-                description="Train a model. Settings of the file and of the command line are the same; the latter win.",
+                description="Train a model. Settings of the file and of the command line are the same; the latter win. "
+                "Other architectures have settings of their own: to see them, name one as model.type.",
                 config=(tyro.conf.FlagConversionOff,),
                 use_underscores=True,
             )

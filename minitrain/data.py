@@ -51,14 +51,18 @@ class PackedData:
         return [row.to(self.mesh.device) for row in rows]
 
     def state(self) -> dict:
-        corpus = f"{self.shards[0].tokenizer}, {len(self.pieces.length)} pieces, {self.epoch_tokens} tokens"
-        return {"step": self.step, "corpus": corpus}
+        return {
+            "step": self.step,
+            "tokenizer": self.shards[0].tokenizer,
+            "tokens": self.epoch_tokens,
+            "pieces": len(self.pieces.length),
+            **{name: getattr(self.cfg, name) for name in ("tokens_per_row", "max_seqlen", "rows_per_step", "seed")},
+        }
 
     def load_state(self, state: dict) -> None:
-        if state["corpus"] != self.state()["corpus"]:
-            raise UserError(
-                f"data.path={self.cfg.path}: not the corpus (or not the max_seqlen) that this run began with"
-            )
+        now = self.state() | {"step": state.get("step")}
+        if changed := [f"{name} was {state.get(name)}, is {now[name]}" for name in now if state.get(name) != now[name]]:
+            raise UserError(f"data: not the corpus and order that this run began with: {', '.join(changed)}")
         if self.ahead:
             self.ahead.result()  # the thread and this object share the epochs' orders
         self.step, self.ahead = state["step"], None
@@ -90,8 +94,7 @@ class PackedData:
         start_of = torch.zeros(T, dtype=torch.int64)
         start_of[starts] = torch.tensor(starts)
         positions = torch.arange(T) - start_of.cummax(0).values
-        share = 1 / self.cfg.rows_per_step
-        return Batch(tokens, targets, positions, cu_seqlens, cu_seqlens, self.cfg.max_seqlen, share=share)
+        return Batch(tokens, targets, positions, cu_seqlens, cu_seqlens, self.cfg.max_seqlen)
 
     def _copy(self, piece: int, skip: int, tokens: Tensor, targets: Tensor) -> int:
         """As many tokens of a piece, from `skip` on, as there is room for, and their successors. -> how many."""

@@ -17,10 +17,10 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    eos_token_id: int | None = None,
+    eos_token_id: int | list[int] | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Token ids (n,) -> the prompt and up to max_new_tokens more, ending after eos_token_id if it comes.
+    """Token ids (n,) -> the prompt and up to max_new_tokens more, ending after eos_token_id, or one of several.
 
     temperature 0: always the likeliest. top_k: only the k likeliest; top_p: only the fewest that have probability p
     together (Holtzman et al. 2019, arXiv:1904.09751). The same seed gives the same tokens on the same device.
@@ -33,6 +33,7 @@ def generate(
         raise ValueError(f"generate: top_k={top_k}: must be at least 1, or None for all tokens")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"generate: top_p={top_p}: must be above 0 and at most 1, or None for all tokens")
+    stops = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or []
     generator = torch.Generator(prompt.device).manual_seed(seed)
     tokens = prompt.long()
     new, past = tokens, 0
@@ -43,7 +44,7 @@ def generate(
             past += len(new)
             new = _sample(logits_V.float(), temperature, top_k, top_p, generator)
             tokens = torch.cat([tokens, new])
-            if eos_token_id is not None and new.item() == eos_token_id:
+            if stops and new.item() in stops:
                 break
     return tokens
 

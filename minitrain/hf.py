@@ -8,6 +8,7 @@ transformers 5's rope_parameters); the older one is written, which every tool kn
 import difflib
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -40,39 +41,39 @@ def from_pretrained(
     path_or_hub_id: str | Path,
     model_class: type[nn.Module] | None = None,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> nn.Module:
     """The model of a Hugging Face folder or hub id, weights loaded.
 
-    dtype None: as config.json says. Host memory: the model plus one tensor. UserError names what is missing, extra,
-    of a wrong shape or damaged, and refuses pickle files and an architecture other than model_class.
+    dtype, also by name; None: as config.json says. Host memory: the model plus one tensor.
+    UserError names what is missing, extra, of a wrong shape or damaged, and refuses pickle files and an architecture
+    other than model_class.
     """
     folder = find_folder(path_or_hub_id)
     cfg = read_config(folder, model_class and f"{model_class.__module__}:{model_class.__qualname__}")
     model = build_model(cfg)
     if model_class is not None and not isinstance(model, model_class):
         raise UserError(f"{folder}: holds a {type(model).__name__}, not a {model_class.__name__}")
-    if dtype is None:
+    if not isinstance(dtype, torch.dtype):
         raw = read_json(folder / "config.json")
-        stored = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-        dtype = getattr(torch, str(stored), None)
+        name = dtype or raw.get("dtype") or raw.get("torch_dtype") or "float32"
+        dtype = getattr(torch, str(name), None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise UserError(f"{folder / 'config.json'}: dtype={stored!r} is no floating-point dtype of torch")
+            raise UserError(f"{folder / 'config.json'}: dtype={name!r} is no floating-point dtype of torch")
     materialize(model, device, dtype)
     load_weights(model, folder)
     return model
 
 
-def find_folder(path_or_hub_id: str | Path) -> Path:
-    """The folder itself, or where huggingface_hub put (or had) that repository."""
+def find_folder(path_or_hub_id: str | Path, files: Sequence[str] = ("*.json", "*.safetensors", *CARRIED)) -> Path:
+    """The folder itself, or where huggingface_hub put (or had) these files of that repository."""
     folder = Path(path_or_hub_id)
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_hub_id)):
         raise UserError(f"{path_or_hub_id}: no such folder")
     try:
-        wanted = ["config.json", "*.safetensors", "*.safetensors.index.json", *CARRIED]
-        return Path(huggingface_hub.snapshot_download(str(path_or_hub_id), allow_patterns=wanted))
+        return Path(huggingface_hub.snapshot_download(str(path_or_hub_id), allow_patterns=list(files)))
     except Exception as error:  # the library raises its own, httpx's and OSError
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -88,7 +89,7 @@ def default_config(type: str, pretrained: str) -> DecoderConfig:
     """The config that a run starts from: of the pretrained folder, or the defaults of an architecture."""
     if not pretrained:
         return model_class(type or "qwen3").config_class()
-    cfg = read_config(find_folder(pretrained), type)
+    cfg = read_config(find_folder(pretrained, ["config.json"]), type)
     if type and type != cfg.type:
         raise UserError(f"model.type={type!r}, but {pretrained} holds a {cfg.type!r}")
     cfg.pretrained = pretrained
@@ -242,7 +243,9 @@ def save_pretrained(
     The folder appears whole or not at all. UserError if it exists; overwrite replaces it if it holds a model.
     """
     config, folder = hub_config(model), Path(folder)
-    source = Path(tokenizer) if tokenizer is not None else getattr(model, "source", None)
+    source = find_folder(tokenizer) if tokenizer is not None else getattr(model, "source", None)
+    if tokenizer is not None and not (source / "tokenizer.json").exists():
+        raise UserError(f"{source}: holds no tokenizer.json")
     if overwrite and folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
         raise UserError(f"{folder}: is not overwritten, since it holds no config.json and so no model")
     if source is not None:

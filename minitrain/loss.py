@@ -4,22 +4,26 @@ A loss is any function (hidden_TD, head, batch) -> (sum over trained tokens, {na
 number of trained tokens of all rows and ranks, so that cutting a step into more rows changes nothing.
 """
 
+import importlib.util
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minitrain.batch import IGNORE, Batch
 
-try:
+if importlib.util.find_spec("minitrain.kernels"):
     from minitrain import kernels
-except ImportError:  # built without nvcc
+else:  # built without nvcc
     kernels = None
 
-_PIECE_BYTES = 5 << 28  # 1.25 GiB of logits at a time: 4,417 rows of bf16 at V = 151,936, enough for full GEMM speed
+_PIECE_BYTES = 5 << 28  # 1.25 GiB of logits at a time: 4,416 rows of bf16 at V = 151,936, enough for full GEMM speed
 
 
 def cross_entropy(hidden_TD: Tensor, head: nn.Linear, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum of -log softmax(head(hidden))[target] over targets that are not IGNORE, fp32."""
+    if getattr(head, "bias", None) is not None:
+        raise ValueError("cross_entropy: the head has a bias, which this loss does not apply")
     return _LinearCrossEntropy.apply(hidden_TD, head.weight, batch.targets, torch.is_grad_enabled()), {}
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minitrain.batch import Batch
-from minitrain.config import TrainConfig
+from minitrain.config import TrainConfig, UserError
 from minitrain.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class Log:
         self.peak = peak_tflops(name)
         self.waiting: list[tuple[dict, int, int, dict[str, Tensor]]] = []  # row, tokens, pairs, scalars on the device
         total, active = sum(p.numel() for p in model.parameters()), self.flops.blocks + self.flops.head
-        log.info("%s: %.1f M parameters, %.1f M in matrices for each token; %s", type(model).__name__, total / 1e6,
+        log.info("%s: %.4g M parameters, %.4g M in matrices for each token; %s", type(model).__name__, total / 1e6,
                  active / 1e6, name)  # fmt: skip
 
     def __enter__(self) -> "Log":
@@ -120,14 +120,18 @@ class Log:
         self._start_window()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, failed, *_):
+        if failed is KeyboardInterrupt:
+            self.flush()
         self.bar.close()
         self.file.close()
 
     def wait_for(self, data: Iterator[list[Batch]]) -> list[Batch]:
         """next(data), and how long that took."""
         begin = time.perf_counter()
-        batches = next(data)
+        batches = next(data, None)
+        if batches is None:
+            raise UserError(f"the data ended before step {self.cfg.steps}")
         self.data_wait += time.perf_counter() - begin
         return batches
 
@@ -203,9 +207,10 @@ class Log:
 
 def _console_line(row) -> str:
     text = f"step {row['step']:>6}  loss {row['loss']:.4f}  norm {row['grad_norm']:.2f}  lr {row['lr']:.2e}"
-    text += f"  {row['tokens_per_s']:,.0f} tokens/s  {row['tflops_c']:.1f} TFLOP/s"
+    text += f"  {row['tokens_per_s']:,.0f} tokens/s  {row['tflops_c']:.3g} TFLOP/s"
     if "mfu_c" in row:
         text += f"  MFU {row['mfu_c']:.1%} (full attention {row['mfu_f']:.1%}, hardware {row['hfu']:.1%})"
+    text += f"  data {row['data_wait_ms']:.1f} ms"
     if "peak_gib" in row:
         text += f"  {row['peak_gib']:.1f} GiB"
     if "expert_load" in row:

@@ -3,6 +3,7 @@
 Everything here is a function of modules that you can import; who needs another loop writes their own twenty lines.
 """
 
+import contextlib
 import platform
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from minitrain.batch import Batch
 from minitrain.checkpoint import Checkpointer
 from minitrain.config import Config, UserError, to_toml
 from minitrain.data import PackedData
-from minitrain.hf import find_folder, load_weights
+from minitrain.hf import find_folder, load_weights, save_pretrained
 from minitrain.metrics import Log
 from minitrain.models import build_model, init_weights, load_object, materialize
 from minitrain.optim import adamw, lr_at
@@ -39,21 +40,21 @@ def train(
 
     model: any module of CausalLM's shape, with weights or on meta.
     loss_fn: (hidden, head, batch) -> (sum, {name: sum}).
-    optimizer: list of parameters -> torch.optim.Optimizer.
-    data: an iterator of lists of Batch, one list a step.
+    optimizer: list of parameters -> torch.optim.Optimizer; before each step its learning rate is set from cfg.optim.
+    data: an iterable of lists of Batch, one list a step.
     on_step: called after each step with (steps done, model, extras of the loss).
     Raises UserError for settings and files that do not fit, FloatingPointError when the loss is no number.
     """
     mesh = init_mesh(cfg.train.device)
     loss_fn = loss_fn or load_object(cfg.train.loss)
     model = model or build_model(cfg.model)  # on meta: names and shapes, no bytes
-    data = data or PackedData(cfg.data, mesh, model.config.vocab_size)
+    data = iter(data or PackedData(cfg.data, mesh, model.config.vocab_size))
     set_weights(model, cfg, mesh)
     model = parallelize(model, mesh, cfg.train)
     opt = ShardedOptimizer(model, optimizer or adamw(cfg.optim))
     ckpt = Checkpointer(cfg.checkpoint, Path(cfg.run_dir), opt, data)
     first = ckpt.resume()
-    with Log(open_run(cfg), cfg.train, model, mesh, first) as log:
+    with contextlib.closing(opt), Log(open_run(cfg), cfg.train, model, mesh, first) as log:
         for step in range(first, cfg.train.steps):
             batches = log.wait_for(data)  # this rank's rows of the step
             tokens = mesh.sum(sum(b.num_targets for b in batches))  # trained tokens, all ranks
@@ -67,6 +68,8 @@ def train(
             if ckpt.is_due(step + 1, cfg.train.steps):
                 with log.pause():  # raises if the loss is no number, before anything is saved
                     ckpt.save(step + 1)
+    if cfg.checkpoint.export:
+        save_pretrained(model, Path(cfg.run_dir) / "export", tokenizer=cfg.data.path or None, overwrite=True)
     return model
 
 
@@ -76,6 +79,7 @@ def forward_backward(
     """Gradients of scale * (sum of the rows' losses), added up row by row. -> scaled loss and extras, detached."""
     total, extras = 0.0, {}
     for batch in batches:
+        batch.share = 1 / len(batches)
         loss, named = loss_fn(model(batch), model.lm_head, batch)
         (loss * scale).backward()
         total = total + loss.detach() * scale

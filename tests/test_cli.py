@@ -159,7 +159,7 @@ def test_a_wrong_flag_is_one_line(cli, config, tmp_path, flag):
 
 
 def test_a_flag_for_no_file_is_one_line(cli, tmp_path):
-    refuse(cli, tmp_path, ["--config"], "--config: which file?")
+    refuse(cli, tmp_path, ["--config"], "--config: expected one argument")
 
 
 @pytest.mark.parametrize("loss", ["no_such_module:loss", "minitrain.loss:no_such_loss", "minitrain.loss", ""])

@@ -133,7 +133,7 @@ def test_train_a_new_block(cfg):
 def z_loss(hidden_TD, head, batch, weight=1e-2):
     """Cross-entropy + weight * log(Z)^2, Z the softmax's denominator: keeps logits from drifting (as in PaLM)."""
     loss, _ = mt.cross_entropy(hidden_TD, head, batch)
-    log_z_T = head(hidden_TD).logsumexp(-1)
+    log_z_T = head(hidden_TD).logsumexp(-1)  # NOTE all logits at once: cut hidden_TD where T * vocabulary is large
     z = (log_z_T.square() * (batch.targets != IGNORE)).sum()
     return loss + weight * z, {"cross_entropy": loss, "z": z}
 

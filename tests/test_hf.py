@@ -475,6 +475,7 @@ def test_saving_needs_leave_to_overwrite(folder, tmp_path):
 
 
 def test_a_save_that_fails_leaves_the_old_folder(folder, tmp_path, monkeypatch):
+    write_tokenizer(folder)
     model = from_pretrained(folder)
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
 
@@ -493,6 +494,13 @@ def test_a_folder_that_holds_no_model_is_never_replaced(folder, tmp_path):
     (tmp_path / "notes" / "diary.txt").write_text("dear diary")
     refused(["notes", "no config.json"], save_pretrained, from_pretrained(folder), tmp_path / "notes", overwrite=True)
     assert (tmp_path / "notes" / "diary.txt").exists()
+
+
+def test_a_tokenizer_that_is_not_there_is_named(folder, tmp_path):
+    for tokenizer, words in [("no/such/tokenizer/folder", "no such folder"), (tmp_path, "no tokenizer.json")]:
+        refused(
+            [str(tokenizer), words], save_pretrained, from_pretrained(folder), tmp_path / "out", tokenizer=tokenizer
+        )
 
 
 def test_the_tokenizer_of_the_loaded_folder_goes_along_by_itself(folder, tmp_path):

@@ -44,6 +44,11 @@ def documents(*lengths, vocab_size=TINY["vocab_size"]):
     return [torch.randint(0, vocab_size, (n,)) for n in lengths]
 
 
+def pack(documents):
+    """One row of a training step of one row: router losses and counts are on."""
+    return dataclasses.replace(Batch.pack(documents), share=1.0)
+
+
 def rope_of(model, batch):
     angle = batch.positions[:, None] * rope_frequencies(model.config)
     return angle.cos(), angle.sin()
@@ -62,7 +67,7 @@ def test_logits_loss_and_every_gradient_match_transformers(case, tmp_path):
     wanted.loss.backward()
 
     assert_close(ours.logits(tokens), wanted.logits, what="logits")
-    batch = Batch.pack(list(tokens))
+    batch = pack(list(tokens))
     loss, _ = cross_entropy(ours(batch), ours.lm_head, batch)
     loss = loss / batch.num_targets
     loss.backward()
@@ -144,7 +149,7 @@ def test_packed_documents_equal_one_call_each(type):
     settings = {"router_aux_loss_coef": 0.0} if type == "qwen3_moe" else {}
     model = tiny(type, **settings)
     docs = documents(7, 1, 23, 0, 12)
-    packed = Batch.pack(docs)
+    packed = pack(docs)
     ends = packed.cu_seqlens_q
     ends = torch.cat([ends, ends[-1:].expand(3)])  # as the data loader pads it
     packed = dataclasses.replace(packed, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen=64)
@@ -153,7 +158,7 @@ def test_packed_documents_equal_one_call_each(type):
     cross_entropy(hidden, model.lm_head, packed)[0].backward()
     got = hub_gradients(model)
     model.zero_grad()
-    alone = [Batch.pack([d]) for d in docs if len(d)]
+    alone = [pack([d]) for d in docs if len(d)]
     hiddens = [model(b) for b in alone]
     sum(cross_entropy(h, model.lm_head, b)[0] for h, b in zip(hiddens, alone, strict=True)).backward()
     assert_close(hidden, torch.cat(hiddens))
@@ -218,7 +223,7 @@ def test_moe_equals_a_loop_over_tokens(per_token, favour, sent, norm_topk_prob):
     x_TD[:, 0] = 1
     with torch.no_grad():
         moe.gate.weight[:, 0] += torch.tensor(favour)
-    batch = Batch.pack(documents(17))
+    batch = pack(documents(17))
 
     got = run_and_grads(lambda x: moe(x, batch), moe, x_TD)
     counts = moe.load.clone()
@@ -267,7 +272,7 @@ def test_routing_reads_no_value_on_the_host(monkeypatch):
             y_TD = moe(x_TD, batch)
             y_TD.backward(torch.randn_like(y_TD))
 
-    batch = Batch.pack(documents(16))
+    batch = pack(documents(16))
     with pytest.raises(DataDependentOutputException):
         forward_and_backward()
     monkeypatch.setattr(qwen3_moe, "_matmul_by_expert", qwen3_moe._grouped_matmul)  # what a GPU takes
@@ -284,7 +289,7 @@ def test_experts_on_the_gpu_never_wait_for_it(favour):
             moe.gate.weight.zero_()
             moe.gate.weight[favour : favour + 2] = x_TD.mean(0)
             x_TD += 10 * x_TD.mean(0)
-    batch = Batch.pack([torch.randint(0, 101, (64,))]).to("cuda")
+    batch = pack([torch.randint(0, 101, (64,))]).to("cuda")
     moe(x_TD.requires_grad_(), batch).sum().backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -298,7 +303,7 @@ def test_experts_on_the_gpu_never_wait_for_it(favour):
 
 def test_load_counts_until_it_is_zeroed_and_is_no_weight():
     model = tiny("qwen3_moe")
-    batch = Batch.pack(documents(30, 11))
+    batch = pack(documents(30, 11))
     model(batch)
     once = [layer.mlp.load.clone() for layer in model.layers.values()]
     assert [n.sum().item() for n in once] == [82, 82]
@@ -323,7 +328,7 @@ def test_router_loss_of_one_layer_has_the_gradient_of_transformers(tmp_path):
     ours = from_pretrained(tmp_path)
     tokens = torch.randint(0, 101, (1, 40))
     theirs(tokens, labels=tokens).loss.backward()
-    batch = Batch.pack(list(tokens))
+    batch = pack(list(tokens))
     (cross_entropy(ours(batch), ours.lm_head, batch)[0] / batch.num_targets).backward()
     assert_all_close(hub_gradients(ours), transformers_gradients(theirs))
 
@@ -331,7 +336,7 @@ def test_router_loss_of_one_layer_has_the_gradient_of_transformers(tmp_path):
 @pytest.mark.parametrize("share", [1.0, 0.25])
 @pytest.mark.parametrize(("aux", "z"), [(0.3, 0.0), (0.0, 0.2), (0.3, 0.2)])
 def test_router_losses_have_the_gradient_of_an_explicit_sum(aux, z, share):
-    batch = dataclasses.replace(Batch.pack(documents(30, 11)), share=share)
+    batch = dataclasses.replace(pack(documents(30, 11)), share=share)
     model = tiny("qwen3_moe", router_aux_loss_coef=aux, router_z_loss_coef=z)
     hidden = model(batch)
     (cross_entropy(hidden, model.lm_head, batch)[0] / 100).backward()
@@ -353,9 +358,15 @@ def test_router_losses_have_the_gradient_of_an_explicit_sum(aux, z, share):
     assert_all_close(hub_gradients(model), hub_gradients(plain))
 
 
+def test_router_losses_and_counts_are_for_training_only():
+    model = tiny("qwen3_moe", router_aux_loss_coef=0.3)
+    (0 * model.logits(torch.arange(20))).sum().backward()
+    assert not model.layers["0"].mlp.gate.weight.grad.any() and not model.layers["0"].mlp.load.any()
+
+
 def test_router_losses_of_rows_are_weighted_by_their_share():
     whole, halves = (tiny("qwen3_moe", router_aux_loss_coef=0.3, router_z_loss_coef=0.1) for _ in range(2))
-    batch = Batch.pack(documents(30, 11))
+    batch = pack(documents(30, 11))
     half = dataclasses.replace(batch, share=0.5)
     (whole(batch).sum() * 0).backward()
     for _ in range(2):
@@ -436,7 +447,7 @@ def test_materialize_keeps_what_has_bytes_already():
 @pytest.mark.parametrize("type", ["qwen3", "qwen3_moe"])
 def test_block_forward_is_pure(type):
     model = tiny(type)
-    batch = Batch.pack(documents(20, 13))
+    batch = pack(documents(20, 13))
     x_TD, rope = torch.randn(33, TINY["hidden_size"]), rope_of(model, batch)
     tensors = [x_TD, *rope, batch.tokens, batch.targets, batch.positions, batch.cu_seqlens_q, batch.cu_seqlens_k]
     tensors += list(model.parameters())
@@ -451,7 +462,7 @@ def test_block_forward_is_pure(type):
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_block_equals_eager_without_a_graph_break(backend):
     model = tiny()
-    batch = Batch.pack(documents(24, 24))
+    batch = pack(documents(24, 24))
     rope = rope_of(model, batch)
     block = model.layers["0"]
     results = []

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -296,7 +295,6 @@ def rows(lengths):
         batch = Batch.pack([torch.randint(TINY["vocab_size"], (n,), generator=generator) for n in row])
         batch.targets[torch.rand(len(batch.targets), generator=generator) < 1 / 3] = IGNORE
         batch.num_targets = int((batch.targets != IGNORE).sum())
-        batch.share = 1 / len(lengths)
         batches.append(batch)
     return batches
 
@@ -356,7 +354,7 @@ def test_router_losses_of_a_step_are_the_mean_over_its_rows():
     with pytest.raises(AssertionError, match="differ by"):
         assert_gradients_close(actual, expected)
     for batch in batches:
-        _, of_row = gradients(routed, [replace(batch, share=1.0)], only_router_losses, scale=1.0)
+        _, of_row = gradients(routed, [batch], only_router_losses, scale=1.0)
         expected = {name: g + of_row[name] / len(batches) for name, g in expected.items()}
     assert_gradients_close(actual, expected)
 
@@ -365,11 +363,8 @@ def test_the_same_row_four_times_is_the_row_once_with_router_losses_too():
     model = tiny(KINDS["moe"][0], **{**KINDS["moe"][1], **AUX})
     [batch] = rows([[20, 3]])
     _, once = gradients(model, [batch])
-    _, four_times = gradients(model, [replace(batch, share=0.25)] * 4)
+    _, four_times = gradients(model, [batch] * 4)
     assert_gradients_close(four_times, once)
-    _, wrong_share = gradients(model, [batch] * 4)
-    with pytest.raises(AssertionError, match="differ by"):
-        assert_gradients_close(wrong_share, once)
 
 
 def test_extras_are_scaled_and_summed_as_the_loss_is():

@@ -3,11 +3,14 @@
     python tools/bench_step.py --config configs/qwen3_0.6b.toml [--documents 4096 | 64:8192] [--section.key value ...]
 
 --documents: every document of this length (default: data.max_seqlen), or lengths drawn log-uniformly from a range.
-It runs minitrain's own train() for train.steps steps (default 30) and reads its metrics; the first third is warm-up.
+It runs minitrain's own train() and reads its metrics; the first third of the steps is warm-up. It takes 30 steps of
+one row unless told otherwise.
 Prints one row of a table, with the figures that minitrain/metrics.py defines.
 """
 
+import argparse
 import json
+import re
 import statistics
 import sys
 import tempfile
@@ -18,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 import minitrain as mt
-from minitrain.config import Config, UserError, exit_with, load_config
+from minitrain.config import Config, UserError, exit_with, load_config, take_config
 from minitrain.hf import default_config
 from minitrain.parallel.mesh import init_mesh
 
@@ -44,7 +47,6 @@ def made_up_rows(cfg: Config, documents: str, device: torch.device) -> Iterator[
         tokens = torch.randint(0, cfg.model.vocab_size, (T,), generator=generator)
         row = mt.Batch.pack(list(tokens.split(lengths)), max_seqlen=high)
         row.cu_seqlens_q = row.cu_seqlens_k = F.pad(row.cu_seqlens_q, (0, fullest - len(lengths)), value=T)
-        row.share = 1 / cfg.data.rows_per_step
         return (row.pin_memory() if device.type == "cuda" else row).to(device)
 
     for step in range(cfg.train.steps):
@@ -62,21 +64,19 @@ def bench(cfg: Config, documents: str) -> dict:
 
 
 def main() -> None:
-    flags = sys.argv[1:]
-    options = {"--config": None, "--documents": None}
-    for name in options:
-        if name in flags:
-            i = flags.index(name)
-            options[name], flags = flags[i + 1], flags[:i] + flags[i + 2 :]
+    path, flags = take_config(sys.argv[1:])
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--documents", help="length, or shortest:longest")
+    options, flags = parser.parse_known_args(flags)
     with tempfile.TemporaryDirectory() as folder:
-        defaults = {"--train.steps": "30", "--train.log_every": "5", "--data.rows_per_step": "1"}
-        for name, value in defaults.items():
-            if name not in flags:
-                flags += [name, value]
-        cfg = load_config(options["--config"], [*flags, "--checkpoint.every", "0", "--run_dir", folder], default_config)
-        documents = options["--documents"] or str(cfg.data.max_seqlen)
+        defaults = ["--train.steps=30", "--train.log_every=5", "--data.rows_per_step=1"]
+        fixed = ["--checkpoint.every=0", "--checkpoint.export=false", f"--run_dir={folder}"]
+        cfg = load_config(path, [*defaults, *flags, *fixed], default_config)
+        documents = options.documents or str(cfg.data.max_seqlen)
+        if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", documents):
+            raise UserError(f"--documents {documents}: give a length, or two as 64:8192")
         result = bench(cfg, documents)
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    where = torch.cuda.get_device_name() if init_mesh(cfg.train.device).device.type == "cuda" else "CPU"
     print(f"\n{where}, torch {torch.__version__}, {cfg.model.type}, documents {documents}")
     columns = {
         "tokens a step": f"{cfg.data.rows_per_step} x {cfg.data.tokens_per_row:,}",

@@ -40,7 +40,10 @@ def build_model(cfg, device: torch.device | str = "meta") -> nn.Module:
 
 
 def materialize(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
-    """Replace what is on meta by uninitialised parameters and zeroed buffers on `device`; ties stay ties."""
+    """Replace what is on meta by uninitialised parameters on `device`, counters by zeros; ties stay ties.
+
+    UserError for any other buffer on meta, whose values nobody knows.
+    """
     made = {}
     for module in model.modules():
         for name, p in module._parameters.items():
@@ -50,7 +53,12 @@ def materialize(model: nn.Module, device: torch.device | str, dtype: torch.dtype
                 module._parameters[name] = made[p]
         for name, b in module._buffers.items():
             if b is not None and b.is_meta:
+                if name not in getattr(module, "counters", ()):
+                    raise UserError(f"buffer {name} of {type(module).__name__} has no values on meta; {_OWN_VALUES}")
                 module._buffers[name] = torch.zeros_like(b, device=device)
+
+
+_OWN_VALUES = "build the model on a device, give it its first weights yourself, and pass it to train()"
 
 
 @torch.no_grad()
@@ -62,13 +70,17 @@ def init_weights(model: nn.Module, seed: int) -> None:
     Stacked experts draw one seed each. Drawn in fp32 on the parameter's device, so CPU and GPU differ.
     """
     std = model.config.initializer_range
+    owners = dict(model.named_modules())
     for name, p in model.named_parameters():
+        owner, _, attribute = name.rpartition(".")
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             name = "embed_tokens.weight"  # a pipeline's last part has the tied matrix without the embedding
-        if name.endswith("norm.weight"):
-            p.fill_(1)
-        elif p.ndim == 1:
+        if attribute == "bias":
             p.zero_()
+        elif isinstance(owners[owner], nn.RMSNorm | nn.LayerNorm):
+            p.fill_(1)
+        elif p.ndim < 2:
+            raise UserError(f"there is no rule for the first values of {name}; {_OWN_VALUES}")
         else:
             residual = "o_proj" in name or "down_proj" in name
             scale = std / math.sqrt(2 * model.config.num_hidden_layers) if residual else std

@@ -120,7 +120,9 @@ def _grouped_matmul(x_RD: Tensor, w_EFD: Tensor, counts_E: Tensor) -> Tensor:
 
 
 class MoE(nn.Module):
-    """Router and experts. `load` counts the rows that each expert got until somebody zeroes it."""
+    """Router and experts. In training, `load` counts the rows that each expert got until somebody zeroes it."""
+
+    counters = ("load",)  # buffers that begin at zero
 
     def __init__(self, cfg: Qwen3MoeConfig):
         super().__init__()
@@ -141,7 +143,8 @@ class MoE(nn.Module):
         place_R = order_R.argsort()  # where row r went
         ends_E = torch.searchsorted(sorted_R, torch.arange(E, device=x_TD.device), right=True)
         counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
-        self.load += counts_E
+        if batch.share:
+            self.load += counts_E
 
         x_RD = _GatherRows.apply(x_TD, order_R, place_R, A)
         y_RD = self.experts(x_RD, counts_E)
@@ -150,14 +153,12 @@ class MoE(nn.Module):
         return self._add_router_losses(y_TD, logits_TE, probs_TE, counts_E, batch)
 
     def _add_router_losses(self, y_TD, logits_TE, probs_TE, counts_E, batch):
-        if not torch.is_grad_enabled():
-            return y_TD
         loss = 0.0
         if self.cfg.router_aux_loss_coef:
             loss = loss + self.cfg.router_aux_loss_coef * load_balancing_loss(probs_TE, counts_E)
         if self.cfg.router_z_loss_coef:
             loss = loss + self.cfg.router_z_loss_coef * logits_TE.logsumexp(-1).square().mean()
-        if not torch.is_tensor(loss):
+        if not batch.share or not torch.is_tensor(loss):
             return y_TD
         return _AddLoss.apply(y_TD, loss * (batch.share / self.cfg.num_hidden_layers))
 

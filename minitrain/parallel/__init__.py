@@ -12,14 +12,20 @@ from minitrain.parallel.mesh import Mesh
 
 
 def parallelize(model: nn.Module, mesh: Mesh, cfg: TrainConfig) -> nn.Module:
-    """Choose the attention backend, compile each block's forward, then recompute it in backward where asked for."""
-    if cfg.attention != "auto":
-        _use_attention(model, mesh, cfg)
+    """Choose the attention backend, compile each block's forward, then recompute it in backward where asked for.
+
+    What an earlier call put on the model gives way.
+    """
+    _use_attention(model, mesh, cfg)
     for block in model.layers.values():
+        plain = forward = getattr(block.forward, "plain", block.forward)
         if cfg.compile == "on" or (cfg.compile == "auto" and mesh.device.type == "cuda"):
-            block.forward = torch.compile(block.forward, dynamic=False)
+            forward = torch.compile(forward, dynamic=False)
         if cfg.recompute == "full":
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            forward = functools.partial(checkpoint, forward, use_reentrant=False)
+        if forward is not plain:
+            forward.plain = plain
+        block.forward = forward
     return model
 
 
@@ -31,10 +37,20 @@ def compute_dtype(mesh: Mesh, cfg: TrainConfig) -> torch.dtype:
 
 
 def _use_attention(model, mesh, cfg):
+    """On every module that calls minitrain's own attention; a user's function stays."""
     try:
         choose(cfg.attention, mesh.device.type, compute_dtype(mesh, cfg), model.config.head_dim)
     except ValueError as error:
         raise UserError(f"train.attention: {error}") from None
-    for module in model.modules():
-        if getattr(module, "attention", None) is attention:  # a user's own function stays
-            module.attention = functools.partial(attention, backend=cfg.attention)
+    ours = [m for m in model.modules() if _is_ours(getattr(m, "attention", None))]
+    if cfg.attention != "auto" and not ours:
+        raise UserError(f"train.attention={cfg.attention!r}: the model has no module that calls minitrain's attention")
+    for module in ours:
+        module.attention = functools.partial(attention, backend=cfg.attention)
+
+
+def _is_ours(function) -> bool:
+    """minitrain's attention, or what an earlier _use_attention made of it."""
+    if isinstance(function, functools.partial):
+        return function.func is attention and function.keywords.keys() == {"backend"}
+    return function is attention

@@ -11,8 +11,6 @@ from minitrain.config import UserError
 @dataclass(frozen=True)
 class Mesh:
     device: torch.device
-    rank: int = 0
-    size: int = 1
 
     def sum(self, number: int) -> int:
         """Over all ranks."""

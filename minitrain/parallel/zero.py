@@ -24,12 +24,19 @@ class ShardedOptimizer:
 
     def __init__(self, model: nn.Module, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]):
         self.params = dict(model.named_parameters())
-        self.masters = {name: _master(p) for name, p in self.params.items()}
-        self.optimizer = make(list(self.masters.values()))
+        self.masters = {name: _master(p) for name, p in self.params.items()}  # a frozen parameter is its own
+        self.optimizer = make([master for master in self.masters.values() if master.requires_grad])
         self.grad_scale = self.broken = None  # 0-d fp32: divides the gradients; 1 once something was no number
-        for name, p in self.params.items():
-            if self.masters[name] is not p:
-                p.register_post_accumulate_grad_hook(_grad_mover(self.masters[name]))
+        self.hooks = [
+            p.register_post_accumulate_grad_hook(_grad_mover(self.masters[name]))
+            for name, p in self.params.items()
+            if self.masters[name] is not p
+        ]
+
+    def close(self) -> None:
+        """Let go of the model: its gradients stay its own again."""
+        for hook in self.hooks:
+            hook.remove()
 
     def clip_grad_norm(self, max_norm: float, loss: Tensor | float = 0.0) -> Tensor:
         """Norm of the whole gradient, fp32 scalar on the device. The step will scale it down to max_norm (0: never).
@@ -66,14 +73,17 @@ class ShardedOptimizer:
             torch._foreach_copy_(*zip(*pairs, strict=True))
 
     def state(self) -> dict[str, Tensor]:
-        """The optimizer's tensors by "name.key", such as "norm.weight.exp_avg"."""
+        """The optimizer's tensors by "name.key", such as "norm.weight.exp_avg". ValueError if it keeps others."""
         names = {master: name for name, master in self.masters.items()}
-        return {
-            f"{names[master]}.{key}": value
-            for master, state in self.optimizer.state.items()
-            for key, value in state.items()
-            if torch.is_tensor(value)
-        }
+        tensors = {}
+        for master, state in self.optimizer.state.items():
+            for key, value in state.items():
+                if not torch.is_tensor(value):
+                    raise ValueError(
+                        f"{type(self.optimizer).__name__} keeps {key}={value!r}; make it a tensor, to be saved"
+                    )
+                tensors[f"{names[master]}.{key}"] = value
+        return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of state(). ValueError for a tensor whose parameter does not exist."""
@@ -87,7 +97,7 @@ class ShardedOptimizer:
 
 
 def _master(p: nn.Parameter) -> nn.Parameter:
-    return p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
+    return p if p.dtype == torch.float32 or not p.requires_grad else nn.Parameter(p.detach().float())
 
 
 def _grad_mover(master: nn.Parameter) -> Callable[[Tensor], None]:
