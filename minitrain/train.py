@@ -18,7 +18,7 @@ from minitrain.batch import Batch
 from minitrain.checkpoint import Checkpointer
 from minitrain.config import Config, UserError, to_toml
 from minitrain.data import PackedData
-from minitrain.hf import find_folder, load_weights, save_pretrained
+from minitrain.hf import find_folder, load_tokenizer, load_weights, save_pretrained
 from minitrain.metrics import Log
 from minitrain.models import build_model, init_weights, load_object, materialize
 from minitrain.optim import adamw, lr_at
@@ -69,7 +69,8 @@ def train(
                 with log.pause():  # raises if the loss is no number, before anything is saved
                     ckpt.save(step + 1)
     if cfg.checkpoint.export:
-        save_pretrained(model, Path(cfg.run_dir) / "export", tokenizer=cfg.data.path or None, overwrite=True)
+        tokenizer = None if cfg.model.pretrained else cfg.data.path or None  # None: of the folder that it began from
+        save_pretrained(model, Path(cfg.run_dir) / "export", tokenizer, overwrite=True)
     return model
 
 
@@ -99,8 +100,20 @@ def set_weights(model: nn.Module, cfg: Config, mesh: Mesh) -> None:
     materialize(model, mesh.device, dtype)
     if cfg.model.pretrained:
         load_weights(model, find_folder(cfg.model.pretrained))
+        _check_tokenizer(model.source, cfg)
     else:
         init_weights(model, cfg.train.seed)
+
+
+def _check_tokenizer(source: Path, cfg: Config) -> None:
+    """UserError if the data's ids mean other tokens than the pretrained model's."""
+    theirs, ours = source / "tokenizer.json", Path(cfg.data.path) / "tokenizer.json"
+    if not (theirs.exists() and ours.exists()) or theirs.read_bytes() == ours.read_bytes():
+        return
+    if load_tokenizer(source).get_vocab() != load_tokenizer(cfg.data.path).get_vocab():
+        raise UserError(
+            f"data.path={cfg.data.path}: made with another tokenizer than {theirs}; prepare it with that one"
+        )
 
 
 def open_run(cfg: Config) -> Path:

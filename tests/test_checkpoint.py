@@ -247,3 +247,17 @@ def test_nothing_unpickles():
             modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not kin & {module.split(".")[0] for module in modules}, path
             assert not (isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "torch.save")), path
+
+
+@pytest.mark.parametrize("setting", ["seed", "rows_per_step", "tokens_per_row", "max_seqlen"])
+def test_a_run_goes_on_with_the_same_tokens_or_not_at_all(corpus, tmp_path, setting):
+    train(tiny_run(corpus, tmp_path / "run", train={"steps": 2}))
+    changed = {"seed": 5, "rows_per_step": 2, "tokens_per_row": 128, "max_seqlen": 16}[setting]
+    with pytest.raises(UserError, match=f"not the corpus and order that this run began with: .*{setting} was"):
+        train(tiny_run(corpus, tmp_path / "run", train={"steps": 4}, data={setting: changed}))
+
+
+def test_resume_false_refuses_a_run_without_checkpoints_too(corpus, tmp_path):
+    train(tiny_run(corpus, tmp_path / "run", train={"steps": 2}, checkpoint={"every": 0}))
+    with pytest.raises(UserError, match="holds a run already"):
+        train(tiny_run(corpus, tmp_path / "run", checkpoint={"resume": False}))

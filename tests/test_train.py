@@ -219,3 +219,78 @@ def test_a_run_is_a_pure_function_of_its_config(corpus, tmp_path):
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
     train(tiny_run(corpus, tmp_path / "c", MOE, train={"steps": 5, "seed": 1}))
     assert losses(tmp_path / "a") != losses(tmp_path / "c")
+
+
+# ---- what the loop leaves behind, and what it makes of models that are not its own
+
+
+def test_a_model_that_was_trained_can_be_trained_again_otherwise(corpus, tmp_path):
+    """In bf16, where gradients are moved to masters by hooks; recomputation and backend are the second run's own."""
+    settings = {"steps": 5, "dtype": "bfloat16"}
+    first = tiny_run(corpus, tmp_path / "first", train={**settings, "recompute": "full", "attention": "sdpa"})
+    model = train(first)
+    assert model.layers["0"].forward.func.__name__ == "checkpoint"
+    train(tiny_run(corpus, tmp_path / "second", train={**settings, "attention": "reference"}), model=model)
+    assert model.layers["0"].forward.__func__ is type(model.layers["0"]).forward
+    assert model.layers["0"].self_attn.attention.keywords == {"backend": "reference"}
+    assert losses(tmp_path / "second")[0] < losses(tmp_path / "first")[0]
+    batch = random_batch([20])
+    cross_entropy(model(batch), model.lm_head, batch)[0].backward()
+    assert model.norm.weight.grad is not None  # no hook takes it away any more
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_frozen_weights_stay_as_they_are(corpus, tmp_path, dtype):
+    model = random_model().to(getattr(torch, dtype))
+    model.layers["0"].mlp.requires_grad_(False)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    train(tiny_run(corpus, tmp_path / "run", train={"steps": 3, "dtype": dtype}), model=model)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == name.startswith("layers.0.mlp."), name
+
+
+def test_norms_of_any_name_begin_as_norms_and_what_has_no_rule_is_an_error(corpus, tmp_path):
+    def on_meta(**parts):
+        model = build_model(Qwen3Config(**TINY))
+        with torch.device("meta"):
+            for name, make in parts.items():
+                setattr(model.layers["0"], name, make())
+        return model
+
+    cfg = tiny_run(corpus, tmp_path / "run", train={"steps": 1})
+    cfg.checkpoint.export = False
+    model = train(cfg, model=on_meta(ln2=lambda: nn.LayerNorm(32)))
+    assert (model.layers["0"].ln2.weight == 1).all() and (model.layers["0"].ln2.bias == 0).all()
+    with pytest.raises(UserError, match=r"first values of layers\.0\.gain"):
+        train(cfg, model=on_meta(gain=lambda: nn.Parameter(torch.ones(32))))
+    with pytest.raises(UserError, match="buffer running_mean of BatchNorm1d has no values on meta"):
+        train(cfg, model=on_meta(batch_norm=lambda: nn.BatchNorm1d(32)))
+
+
+def test_data_that_ends_is_named(corpus, tmp_path):
+    with pytest.raises(UserError, match="the data ended before step 20"):
+        train(tiny_run(corpus, tmp_path / "run"), data=[[random_batch([20])], [random_batch([30])]])
+
+
+def test_what_an_optimizer_keeps_is_saved_or_refused(corpus, tmp_path):
+    class Counting(torch.optim.SGD):
+        def step(self):
+            super().step()
+            for p in self.param_groups[0]["params"]:
+                self.state[p]["steps"] = 1
+
+    with pytest.raises(ValueError, match="Counting keeps steps=1; make it a tensor"):
+        train(tiny_run(corpus, tmp_path / "run", train={"steps": 2}), optimizer=lambda params: Counting(params, lr=0.1))
+
+
+def test_data_of_another_tokenizer_than_the_pretrained_models_is_refused(corpus, tmp_path):
+    source = tmp_path / "source"
+    save_pretrained(random_model(), source, tokenizer=corpus)
+    cfg = tiny_run(corpus, tmp_path / "run", Qwen3Config(**TINY, pretrained=str(source)), train={"steps": 1})
+    train(cfg)
+    text = (source / "tokenizer.json").read_text()
+    (source / "tokenizer.json").write_text(text + "\n")  # other bytes, the same tokens
+    train(cfg)
+    (source / "tokenizer.json").write_text(text.replace('"100"', '"hundred"'))
+    with pytest.raises(UserError, match="made with another tokenizer than"):
+        train(cfg)
