@@ -157,13 +157,15 @@ def _at_least(least, **settings):
 
 
 def take_config(argv: list[str]) -> tuple[str | None, list[str]]:
-    """-> the value of --config, and the other words."""
+    """-> the value of --config, and the other words, which begin with a flag."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config")
     try:
         known, others = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(f"--config: {error.message}") from None
+    if others and not others[0].startswith("-"):
+        raise UserError(f"{others[0]}: settings are given as --section.key value, a file as --config {others[0]}")
     return known.config, others
 
 

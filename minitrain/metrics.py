@@ -11,6 +11,7 @@ Device values are kept on the device until a line on the console is due, so that
 import contextlib
 import json
 import logging
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -167,10 +168,10 @@ class Log:
         rows = [row for row, *_ in self.waiting]
         if load := self._expert_load():
             rows[-1]["expert_load"] = load
-        self.file.writelines(json.dumps(row) + "\n" for row in rows)
+        self.file.writelines(json.dumps(_without_nan(row)) + "\n" for row in rows)
         self.file.flush()
         for row in rows:
-            if not all(abs(row[key]) < float("inf") for key in ("loss", "grad_norm")):
+            if not math.isfinite(row["loss"] + row["grad_norm"]):
                 raise FloatingPointError(
                     f"step {row['step']}: loss {row['loss']}, gradient norm {row['grad_norm']}; "
                     "the weights are those before this step"
@@ -203,6 +204,11 @@ class Log:
         for load in loads:
             load.zero_()
         return (loads_LE / loads_LE.mean(1, keepdim=True).clamp(min=1e-9)).cpu().mul(100).round().div(100).tolist()
+
+
+def _without_nan(row) -> dict:
+    """JSON has no NaN and no infinity: null stands for them."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def _console_line(row) -> str:

@@ -125,7 +125,7 @@ def refuse(cli, folder, argv, *words):
 FLAGS = {
     "--train.stesp=3": ["--train.stesp: no such setting; did you mean train.steps?"],
     "--steps=3": ["--steps: no such setting; did you mean train.steps?"],
-    "steps=3": ["Unrecognized", "steps=3"],
+    "steps=3": ["steps=3: settings are given as --section.key value, a file as --config steps=3"],
     "--train.steps=many": ["--train.steps", "'many'"],
     "--train.steps=1.5": ["--train.steps", "'1.5'"],
     "--train.steps=": ["--train.steps"],

@@ -92,6 +92,7 @@ def test_it_stops_after_the_end_token():
     assert generate(model, PROMPT, 20, temperature=0, eos_token_id=end).equal(free[: 5 + first + 1])
     absent = next(t for t in range(101) if t not in free)
     assert generate(model, PROMPT, 20, temperature=0, eos_token_id=absent).equal(free)
+    assert len(generate(model, PROMPT, 20, temperature=0, eos_token_id=[absent, end])) == 5 + first + 1
     again = torch.cat([PROMPT, torch.tensor([end])])  # in the prompt it ends nothing
     assert len(generate(model, again, 1, eos_token_id=end)) == 7
 

@@ -127,7 +127,9 @@ def test_a_nan_stops_the_run_and_leaves_the_weights_as_they_were(corpus, tmp_pat
     assert all(torch.equal(weights[6][name], p) for name, p in weights[max(weights)].items())
     assert not torch.equal(weights[5]["norm.weight"], weights[6]["norm.weight"])
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
-    assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(1, 9))
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert rows[6]["loss"] is None and rows[5]["loss"] > 0  # null: JSON has no NaN
 
 
 def test_a_nan_stops_an_optimizer_that_does_not_know_of_them(corpus, tmp_path):
