@@ -43,8 +43,7 @@ def attention(
     _check(q_THC, k_SKC, v_SKC, cu_seqlens_q, cu_seqlens_k)
     # As many rows as N documents of the longest length: then every document has that length. Known without a sync.
     equal_lengths = bool(len(q_THC) == len(k_SKC) == (len(cu_seqlens_q) - 1) * max_seqlen)
-    facts = Facts(q_THC.device.type, q_THC.dtype, q_THC.shape[-1], equal_lengths, window is not None)
-    name = choose(backend or "auto", *facts)
+    name = choose(backend or "auto", q_THC.device.type, q_THC.dtype, q_THC.shape[-1], equal_lengths, window is not None)
     return BACKENDS[name](q_THC, k_SKC, v_SKC, cu_seqlens_q, cu_seqlens_k, max_seqlen, window)
 
 

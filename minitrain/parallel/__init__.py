@@ -38,13 +38,14 @@ def compute_dtype(mesh: Mesh, cfg: TrainConfig) -> torch.dtype:
 
 def _use_attention(model, mesh, cfg):
     """On every module that calls minitrain's own attention; a user's function stays."""
-    try:
-        choose(cfg.attention, mesh.device.type, compute_dtype(mesh, cfg), model.config.head_dim)
-    except ValueError as error:
-        raise UserError(f"train.attention: {error}") from None
     ours = [m for m in model.modules() if _is_ours(getattr(m, "attention", None))]
-    if cfg.attention != "auto" and not ours:
-        raise UserError(f"train.attention={cfg.attention!r}: the model has no module that calls minitrain's attention")
+    if cfg.attention != "auto":  # what cannot work is said now, not in the first step
+        if not ours:
+            raise UserError(f"train.attention={cfg.attention!r}: no module of the model calls minitrain's attention")
+        try:
+            choose(cfg.attention, mesh.device.type, compute_dtype(mesh, cfg), model.config.head_dim)
+        except ValueError as error:
+            raise UserError(f"train.attention: {error}") from None
     for module in ours:
         module.attention = functools.partial(attention, backend=cfg.attention)
 
