@@ -48,7 +48,7 @@ def train(
     mesh = init_mesh(cfg.train.device)
     loss_fn = loss_fn or load_object(cfg.train.loss)
     model = model or build_model(cfg.model)  # on meta: names and shapes, no bytes
-    data = iter(data or PackedData(cfg.data, mesh, model.config.vocab_size))
+    data = iter(PackedData(cfg.data, mesh, model.config.vocab_size) if data is None else data)
     set_weights(model, cfg, mesh)
     model = parallelize(model, mesh, cfg.train)
     opt = ShardedOptimizer(model, optimizer or adamw(cfg.optim))
