@@ -25,7 +25,7 @@ lint: .venv/ready
 bench: .venv/ready
 	$(PY) tools/bench_step.py --config $(CONFIG)
 
-.venv/ready: pyproject.toml setup.py $(wildcard kernels/*)
+.venv/ready: .venv/torch pyproject.toml setup.py $(wildcard kernels/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "minitrain needs Python 3.11 or later; make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check "$(TORCH)"
@@ -33,3 +33,8 @@ bench: .venv/ready
 	@$(PY) -c 'import importlib.util; print("CUDA extension:", "built" if importlib.util.find_spec("minitrain.kernels") \
 		else "not built, no nvcc on the path; torch does its work")'
 	touch $@
+
+.venv/torch: FORCE  # newer only when TORCH is another than last time
+	@mkdir -p .venv && (echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@)
+
+FORCE:

@@ -293,7 +293,7 @@ def test_truncation_and_padding_in_tokenizer_json_are_ignored(tmp_path):
         ("a.txt --train-tokenizer 256", "train_tokenizer=256: must be at least 257"),
         (
             "a.txt --tokenizer absent/tokenizer",
-            "absent/tokenizer: no such file or folder, and the hub",
+            "absent/tokenizer: no such folder, and the hub",
         ),
         ("a.txt --tokenizer empty_folder", "tokenizer.json: no such file"),
         ("a.txt --tokenizer a.txt", "a.txt: cannot be read as a tokenizer"),

@@ -40,12 +40,12 @@ from pathlib import Path
 from threading import Thread
 
 import torch
-from huggingface_hub import snapshot_download
 from read_text import SUFFIXES, Record, Skip, find_files, read_records, text_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from minitrain.config import UserError, exit_with
+from minitrain.hf import find_folder
 from minitrain.storage import read_json, sha256, write_json, write_safetensors
 
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # looked for in this order
@@ -195,13 +195,8 @@ class Vocabulary:
 def load_vocabulary(source: str | Path) -> Vocabulary:
     """Of tokenizer.json, its folder or a hub id. UserError if there is none or it is no good."""
     path = Path(source)
-    if not path.exists():
-        try:
-            path = Path(snapshot_download(str(source), allow_patterns=["tokenizer.json", "tokenizer_config.json"]))
-        except Exception as error:  # the library raises its own, httpx's and OSError
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise UserError(f"{source}: no such file or folder, and the hub could not be read ({reason})") from None
-    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        path = find_folder(source, ["tokenizer.json", "tokenizer_config.json"]) / "tokenizer.json"
     config = path.with_name("tokenizer_config.json")
     if not path.exists():
         raise UserError(f"{path}: no such file")
