@@ -29,7 +29,7 @@ bench: .venv/ready
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "minitrain needs Python 3.11 or later; make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev,data]'
 	@$(PY) -c 'import importlib.util; print("CUDA extension:", "built" if importlib.util.find_spec("minitrain.kernels") \
 		else "not built, no nvcc on the path; torch does its work")'
 	touch $@
