@@ -9,7 +9,12 @@ import logging
 import sys
 from pathlib import Path
 
+import torch
+
 from minitrain.config import Config, UserError, exit_with, load_config, take_config
+from minitrain.generate import generate
+from minitrain.hf import default_config, end_of_text, load_tokenizer
+from minitrain.train import train
 
 
 def main() -> None:
@@ -22,19 +27,12 @@ def main() -> None:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the newest checkpoint, if there is one", file=sys.stderr)
         sys.exit(130)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which main() does not import for --help's sake
-            raise
+    except torch.OutOfMemoryError as error:
         exit_with(f"{str(error).splitlines()[0]} Lower data.tokens_per_row, or set train.recompute to full.")
 
 
 def run(argv: list[str]) -> None:
-    from minitrain.hf import default_config
-
     cfg = load_config(*take_config(argv), default_config)
-
-    from minitrain.train import train
-
     finish(cfg, train(cfg))
 
 
@@ -51,11 +49,6 @@ def finish(cfg: Config, model) -> None:
 
 def sample(prompt: str, model, tokenizer_folder: Path, max_new_tokens: int = 120) -> str:
     """What the model makes of a prompt, with the prompt."""
-    import torch
-
-    from minitrain.generate import generate
-    from minitrain.hf import end_of_text, load_tokenizer
-
     tokenizer = load_tokenizer(tokenizer_folder)
     device = next(model.parameters()).device
     ids = torch.tensor(tokenizer.encode(prompt).ids, device=device)

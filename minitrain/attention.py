@@ -41,8 +41,7 @@ def attention(
     Raises ValueError naming the argument, or why a backend asked for by name cannot run.
     """
     _check(q_THC, k_SKC, v_SKC, cu_seqlens_q, cu_seqlens_k)
-    # As many rows as N documents of the longest length: then every document has that length. Known without a sync.
-    equal_lengths = bool(len(q_THC) == len(k_SKC) == (len(cu_seqlens_q) - 1) * max_seqlen)
+    equal_lengths = _equal_lengths(q_THC, k_SKC, cu_seqlens_q, max_seqlen)
     name = choose(backend or "auto", q_THC.device.type, q_THC.dtype, q_THC.shape[-1], equal_lengths, window is not None)
     return BACKENDS[name](q_THC, k_SKC, v_SKC, cu_seqlens_q, cu_seqlens_k, max_seqlen, window)
 
@@ -62,6 +61,11 @@ def _check(q, k, v, cu_q, cu_k):
     for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
         if cu.ndim != 1 or cu.dtype != torch.int32 or cu.device != q.device or len(cu) != len(cu_q):
             raise ValueError(f"attention: {name} must be (documents + 1,) int32 on {q.device}, as long as its twin")
+
+
+def _equal_lengths(q, k, cu_q, max_seqlen) -> bool:
+    """As many rows as N documents of the longest length: then every document has that length. Known without a sync."""
+    return bool(len(q) == len(k) == (len(cu_q) - 1) * max_seqlen)
 
 
 # ---- which backend
@@ -179,9 +183,8 @@ def sdpa(q_THC, k_SKC, v_SKC, cu_q, cu_k, max_seqlen, window):
             out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=n == m, enable_gqa=q.shape[1] != k.shape[1])
         return out.transpose(1, 2)
 
-    num_documents = len(cu_q) - 1
-    if len(q_THC) == len(k_SKC) == num_documents * max_seqlen:
-        q, k, v = (x.unflatten(0, (num_documents, max_seqlen)) for x in (q_THC, k_SKC, v_SKC))
+    if _equal_lengths(q_THC, k_SKC, cu_q, max_seqlen):
+        q, k, v = (x.unflatten(0, (len(cu_q) - 1, max_seqlen)) for x in (q_THC, k_SKC, v_SKC))
         return one(q, k, v).flatten(0, 1)
     return _each_document(lambda q, k, v: one(q[None], k[None], v[None])[0], q_THC, k_SKC, v_SKC, cu_q, cu_k)
 
@@ -270,9 +273,8 @@ def xformers(q_THC, k_SKC, v_SKC, cu_q, cu_k, max_seqlen, window):
 
     groups = q_THC.shape[1] // k_SKC.shape[1]
     mask = BlockDiagonalCausalFromBottomRightMask.from_seqlens(cu_q.diff().tolist(), cu_k.diff().tolist())
-    return memory_efficient_attention(grouped(q_THC, groups), grouped(k_SKC, groups), grouped(v_SKC, groups), mask)[
-        0
-    ].flatten(1, 2)
+    q, k, v = (grouped(x, groups) for x in (q_THC, k_SKC, v_SKC))
+    return memory_efficient_attention(q, k, v, mask)[0].flatten(1, 2)
 
 
 BACKENDS = {f.__name__: f for f in (sdpa, flash_attn, varlen, flex, xformers, reference)}

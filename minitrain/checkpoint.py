@@ -45,9 +45,9 @@ class Checkpointer:
 
         UserError if it is damaged, or of another model, optimizer or corpus; nothing is changed then.
         """
-        if not self.find():
+        if not (done := self.find()):
             return 0
-        path = self.find()[-1]
+        path = done[-1]
         manifest = _read_manifest(path)
         if manifest["optimizer"] != self._optimizer:
             raise UserError(f"{path}: of another optimizer: {manifest['optimizer']} there, {self._optimizer} here")
@@ -101,9 +101,8 @@ class Checkpointer:
 def _read_manifest(path: Path) -> dict:
     """manifest.json of a checkpoint, checked against the folder's name and its files' bytes."""
     manifest = read_json(path / "manifest.json")
-    format = manifest.get("format") if isinstance(manifest, dict) else None
-    if format != FORMAT:
-        raise UserError(f"{path}: format {format}, this version reads {FORMAT}")
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{path}: format {manifest.get('format')}, this version reads {FORMAT}")
     if not manifest.keys() >= {"optimizer", "data", "sha256"} or manifest.get("step") != int(path.name[5:]):
         raise UserError(f"{path / 'manifest.json'}: damaged: it is not this checkpoint's")
     for file in FILES:

@@ -33,6 +33,7 @@ CARRIED = (  # files of a model's folder that go along with its weights, where t
     "chat_template.jinja",
     "generation_config.json",
 )
+_MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", *CARRIED)
 _RENAMED = {"num_local_experts": "num_experts"}  # keys of transformers 5's config.json
 _SHARD_BYTES = 5 << 30
 
@@ -65,7 +66,7 @@ def from_pretrained(
     return model
 
 
-def find_folder(path_or_hub_id: str | Path, files: Sequence[str] = ("*.json", "*.safetensors", *CARRIED)) -> Path:
+def find_folder(path_or_hub_id: str | Path, files: Sequence[str] = _MODEL_FILES) -> Path:
     """The folder itself, or where huggingface_hub put (or had) these files of that repository."""
     folder = Path(path_or_hub_id)
     if folder.is_dir():

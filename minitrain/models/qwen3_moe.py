@@ -153,12 +153,14 @@ class MoE(nn.Module):
         return self._add_router_losses(y_TD, logits_TE, probs_TE, counts_E, batch)
 
     def _add_router_losses(self, y_TD, logits_TE, probs_TE, counts_E, batch):
+        if not batch.share:
+            return y_TD
         loss = 0.0
         if self.cfg.router_aux_loss_coef:
             loss = loss + self.cfg.router_aux_loss_coef * load_balancing_loss(probs_TE, counts_E)
         if self.cfg.router_z_loss_coef:
             loss = loss + self.cfg.router_z_loss_coef * logits_TE.logsumexp(-1).square().mean()
-        if not batch.share or not torch.is_tensor(loss):
+        if not torch.is_tensor(loss):
             return y_TD
         return _AddLoss.apply(y_TD, loss * (batch.share / self.cfg.num_hidden_layers))
 

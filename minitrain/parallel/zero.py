@@ -43,7 +43,7 @@ class ShardedOptimizer:
 
         loss: what else must be a number for the step to be taken.
         """
-        norms = torch._foreach_norm([m.grad for m in self.masters.values() if m.grad is not None])
+        norms = torch._foreach_norm(self._grads())
         norm = torch.linalg.vector_norm(torch.stack(norms))
         self.grad_scale = (norm / max_norm).clamp(min=1) if max_norm else torch.ones_like(norm)
         broken = (~(norm + loss).isfinite()).float()
@@ -59,11 +59,14 @@ class ShardedOptimizer:
             self.optimizer.grad_scale, self.optimizer.found_inf = self.grad_scale, self.broken
             self.optimizer.step()
         elif not self.broken.item():
-            torch._foreach_div_([m.grad for m in self.masters.values() if m.grad is not None], self.grad_scale)
+            torch._foreach_div_(self._grads(), self.grad_scale)
             self.optimizer.step()
         self.write_weights()
         for master in self.masters.values():
             master.grad = None
+
+    def _grads(self) -> list[Tensor]:
+        return [m.grad for m in self.masters.values() if m.grad is not None]
 
     @torch.no_grad()
     def write_weights(self) -> None:
