@@ -6,7 +6,9 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
+#include "attention.h"
 #include "cross_entropy.h"
 
 namespace {
@@ -23,6 +25,10 @@ minitrain::Dtype dtype_of(const std::string& name) {
     if (name == "float32") return minitrain::Dtype::float32;
     throw std::invalid_argument("dtype='" + name + "' is not supported; use 'bfloat16' or 'float32'");
 }
+
+using Tiles = std::pair<int, int>;  // of queries, of keys
+
+[[noreturn]] void no_hopper() { throw std::invalid_argument("hopper=True, but built for " MINITRAIN_ARCHS); }
 
 }  // namespace
 
@@ -42,4 +48,76 @@ PYBIND11_MODULE(kernels, m) {
         py::arg("write_grad"), py::arg("device"), py::arg("stream"),
         "loss := logsumexp - logit[target] per row; if write_grad, logits := softmax - onehot(target), in place.\n"
         "logits (rows, vocab) contiguous, targets (rows,) int64 with -100 for rows to skip, loss (rows,) fp32.");
+
+    // Attention: kernels/attention.h says what the arguments are.
+    using minitrain::AttentionShape;
+    using minitrain::Packed;
+    py::class_<AttentionShape>(m, "AttentionShape")
+        .def(py::init([](int num_queries, int num_keys, int num_documents, int heads, int kv_heads, int head_dim,
+                         int look_back, int look_ahead, float scale) {
+                 return AttentionShape{num_queries, num_keys,  num_documents, heads, kv_heads,
+                                       head_dim,    look_back, look_ahead,    scale};
+             }),
+             py::kw_only(), py::arg("num_queries"), py::arg("num_keys"), py::arg("num_documents"), py::arg("heads"),
+             py::arg("kv_heads"), py::arg("head_dim"), py::arg("look_back"),
+             py::arg("look_ahead"), py::arg("scale"))
+        .def_readonly("num_queries", &AttentionShape::num_queries)
+        .def_readonly("num_keys", &AttentionShape::num_keys)
+        .def_readonly("heads", &AttentionShape::heads)
+        .def_readonly("kv_heads", &AttentionShape::kv_heads);
+    py::class_<Packed>(m, "Packed").def(py::init([](uintptr_t data, int64_t row_stride, int64_t head_stride) {
+        return Packed{pointer<void>(data), row_stride, head_stride};
+    }));
+    m.attr("UNBOUNDED") = minitrain::kUnbounded;
+    m.def("capture_id", [](uintptr_t stream) { return minitrain::capture_id(stream_of(stream)); },
+          "Number of the CUDA graph capture that the stream is in, 0 if it is in none.");
+    m.def("attention_tiles", [](int head_dim, bool hopper) {
+        const auto tiles = minitrain::attention_tiles(head_dim, hopper);
+        return Tiles(tiles.queries, tiles.keys);
+    });
+    m.def("attention_plan_ints", [](const AttentionShape& shape, Tiles tiles) {
+        return minitrain::attention_plan_ints(shape, {tiles.first, tiles.second});
+    });
+    m.def(
+        "attention_plan",
+        [](const AttentionShape& shape, Tiles tiles, uintptr_t cu_q, uintptr_t cu_k, uintptr_t plan, int device,
+           uintptr_t stream) {
+            minitrain::attention_plan(shape, {tiles.first, tiles.second}, pointer<const int>(cu_q),
+                                      pointer<const int>(cu_k), pointer<int>(plan), device, stream_of(stream));
+        },
+        py::arg("shape"), py::arg("tiles"), py::arg("cu_q"), py::arg("cu_k"), py::arg("plan"), py::arg("device"),
+        py::arg("stream"));
+    m.def(
+        "attention_forward",
+        [](const AttentionShape& shape, uintptr_t plan, Packed q, Packed k, Packed v, uintptr_t out, uintptr_t lse,
+           bool hopper, int device, uintptr_t stream) {
+            const minitrain::AttentionForward args = {shape, pointer<int>(plan), q, k, v, pointer<void>(out),
+                                                      pointer<float>(lse)};
+#if MINITRAIN_SM90
+            if (hopper) return minitrain::attention_forward_sm90(args, device, stream_of(stream));
+#endif
+            if (hopper) no_hopper();
+            minitrain::attention_forward_sm80(args, device, stream_of(stream));
+        },
+        py::arg("shape"), py::arg("plan"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
+        py::arg("hopper"), py::arg("device"), py::arg("stream"));
+    m.def("attention_padded_rows", &minitrain::attention_padded_rows);
+    m.def(
+        "attention_backward",
+        [](const AttentionShape& shape, uintptr_t plan, Packed q, Packed k, Packed v, Packed out, Packed d_out,
+           uintptr_t lse, uintptr_t d_lse, uintptr_t dq, uintptr_t dk, uintptr_t dv, uintptr_t rows, uintptr_t dq_sum,
+           uintptr_t turns, bool hopper, int device, uintptr_t stream) {
+            const minitrain::AttentionBackward args = {
+                shape, pointer<int>(plan), q, k, v, out, d_out, pointer<float>(lse), pointer<float>(d_lse),
+                pointer<void>(dq), pointer<void>(dk), pointer<void>(dv), pointer<float>(rows), pointer<float>(dq_sum),
+                pointer<int>(turns)};
+#if MINITRAIN_SM90
+            if (hopper) return minitrain::attention_backward_sm90(args, device, stream_of(stream));
+#endif
+            if (hopper) no_hopper();
+            minitrain::attention_backward_sm80(args, device, stream_of(stream));
+        },
+        py::arg("shape"), py::arg("plan"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("d_out"),
+        py::arg("lse"), py::arg("d_lse"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("rows"),
+        py::arg("dq_sum"), py::arg("turns"), py::arg("hopper"), py::arg("device"), py::arg("stream"));
 }

@@ -43,4 +43,10 @@ private:
     int device_, former_ = 0;
 };
 
+inline int num_processors(int device) {
+    int count = 0;
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    return count;
+}
+
 }  // namespace minitrain

@@ -40,6 +40,7 @@ class Batch:
             self.num_targets = int((self.targets != IGNORE).sum())
         if self.num_pairs is None:
             self.num_pairs = int(self.cu_seqlens_q.diff().long().square().sum())
+        self.cu_seqlens_q.plans = {}  # all layers share what attention makes of them (fused_attention.make_plan)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`; does not wait when they come from pinned memory."""

@@ -1,0 +1,531 @@
+// Attention backward on Hopper: one persistent CTA of three warpgroups per SM, working on 128 keys at a time.
+//
+//   warpgroup 0, warp 0          adds dQ of a block to its sum in global memory
+//                warp 1          takes the next tile of keys, loads K and V
+//                warps 2 and 3   load Q and dO of each block of 64 queries that sees it, from the last to the first, and
+//                                of each query head of the group: CTAs that start together stay together, and find in L2
+//                                what the others have read
+//   warpgroups 1 and 2           64 keys each: S^T = K Q^T, dP^T = V dO^T, P^T and dS^T in registers,
+//                                dV += P^T dO, dK += dS^T Q; dS goes to shared memory, and dQ = dS K with half the channels
+//                                each
+//
+// dK and dV stay in registers over all queries and heads: no sum in memory, the same bits in every run. dQ is summed over
+// key tiles in fp32 in global memory, by the copy engine, in the order of the accumulator's registers; finish_kernel puts
+// it into rows. Before all this attention_prepare makes D and scales lse. Equations: Dao et al. 2022, arXiv:2205.14135.
+
+#include "attention.cuh"
+#include "sm90.cuh"
+
+namespace minitrain {
+namespace {
+
+using namespace sm90;
+
+constexpr int kKeys = kHopperTiles.keys;     // of a tile, 64 a warpgroup
+constexpr int kQueries = kQueryBlock;  // of a block
+constexpr int kStages = 2;             // blocks of Q and dO in shared memory
+constexpr int kThreads = 384;
+constexpr int kDsWritten = 1, kTogether = 2, kDqWritten = 4, kDqRead = 6;  // named barriers; all but the first are two
+constexpr float kLog2e = 1.4426950408889634f;
+
+struct Tile {
+    Document doc;
+    int document, first_key, kv_head;  // kv_head: -1 behind the last tile
+    Band::Range seeing, whole;         // blocks of queries that see it, and of these the ones that need no mask
+};
+
+template <int C>
+struct alignas(1024) Shared {
+    __nv_bfloat16 k[kKeys * C], v[kKeys * C], q[kStages][kQueries * C], d_out[kStages][kQueries * C],
+        ds[kStages][kKeys * kQueries];
+    float dq[2][kQueries * C / 2], lse[kStages][kQueries], delta[kStages][kQueries];
+    Tile tile[2];
+    Mbarrier tile_full[2], tile_empty[2], kv_full, kv_empty, q_full[kStages], q_empty[kStages], d_out_full[kStages],
+        d_out_empty[kStages];
+};
+
+struct Arguments {
+    AttentionShape shape;
+    int* plan;
+    int group;  // query heads of a key/value head
+    int padded_rows;
+    const float* rows;
+    float* dq_sum;
+    int* turns;  // or null
+    __nv_bfloat16 *dk, *dv;
+};
+
+// Where block m of a document's queries lies in the workspaces, of one query head.
+__device__ int padded_row(const Tile& tile, int block, int head, const Arguments& args) {
+    return head * args.padded_rows + padded_begin(tile.doc, tile.document) + block * kQueries;
+}
+
+// One thread: tells the CTA which tile is next, one ahead of the work, and loads its keys.
+template <int C>
+__device__ void load_keys(Shared<C>& shared, const Arguments& args, const CUtensorMap* k_map, const CUtensorMap* v_map) {
+    const AttentionShape& shape = args.shape;
+    const Plan plan(args.plan, shape, kHopperTiles);
+    const int num_items = plan.num_key_items();
+    Ring<1> kv;
+    for (Ring<2> tiles;; tiles.next()) {
+        const int number = next_item(plan.backward_counter(), num_items);
+        Tile& tile = shared.tile[tiles.stage()];
+        shared.tile_empty[tiles.stage()].wait(tiles.parity() ^ 1);
+        if (number >= num_items) {
+            tile.kv_head = -1;
+            shared.tile_full[tiles.stage()].arrive();
+            return;
+        }
+        const Item item = plan.key_items[number];
+        const Document doc = plan.documents[item.document];
+        const int first_key = item.tile * kKeys, shift = doc.k_len - doc.q_len;  // a query's place less its row
+        const int first = first_key - shift, last = min(first_key + kKeys, doc.k_len) - 1 - shift;
+        const int queries = item.document == shape.num_documents ? 0 : doc.q_len;  // the last document is seen by nothing
+        const Band band{shape.look_ahead, shape.look_back};                        // a query's band, seen from the key
+        tile.doc = doc;
+        tile.document = item.document;
+        tile.first_key = first_key;
+        tile.kv_head = item.head;
+        tile.seeing = band.blocks_seen(first, last, queries, kQueries);
+        tile.whole = band.blocks_whole(first, last, queries, kQueries);
+        if (first_key + kKeys > doc.k_len) tile.whole.end = 0;
+        shared.tile_full[tiles.stage()].arrive();
+        if (tile.seeing.size() == 0) continue;
+        shared.kv_empty.wait(kv.parity() ^ 1);
+        kv.next();
+        shared.kv_full.arrive_and_expect(sizeof shared.k + sizeof shared.v);
+        load_tile(shared_address(shared.k), k_map, shared.kv_full, tile.doc.k_begin + tile.first_key, tile.kv_head);
+        load_tile(shared_address(shared.v), v_map, shared.kv_full, tile.doc.k_begin + tile.first_key, tile.kv_head);
+    }
+}
+
+// One thread: loads blocks of Q with lse, or of dO with D.
+template <int C>
+__device__ void load_queries(Shared<C>& shared, const Arguments& args, const CUtensorMap* map, const float* vector,
+                             __nv_bfloat16 (&block_of)[kStages][kQueries * C], float (&vector_of)[kStages][kQueries],
+                             Mbarrier (&full)[kStages], Mbarrier (&empty)[kStages]) {
+    Ring<kStages> ring;
+    for (Ring<2> tiles;; tiles.next()) {
+        shared.tile_full[tiles.stage()].wait(tiles.parity());
+        const Tile& tile = shared.tile[tiles.stage()];
+        if (tile.kv_head < 0) break;
+        const int first_head = tile.kv_head * args.group;
+#pragma unroll 1
+        for (int block = tile.seeing.end - 1; block >= tile.seeing.begin; --block) {
+#pragma unroll 1
+            for (int head = first_head; head < first_head + args.group; ++head, ring.next()) {
+                const int s = ring.stage();
+                empty[s].wait(ring.parity() ^ 1);
+                full[s].arrive_and_expect(sizeof block_of[s] + sizeof vector_of[s]);
+                load_tile(shared_address(block_of[s]), map, full[s], tile.doc.q_begin + block * kQueries, head);
+                load_bytes(vector_of[s], vector + padded_row(tile, block, head, args), sizeof vector_of[s], full[s]);
+            }
+        }
+        shared.tile_empty[tiles.stage()].arrive();
+    }
+}
+
+// Turns: tiles of keys add to a block of queries one after the other, the first keys first. A counter says how many have.
+// They are also taken in this order, so that a CTA waits only for such as run already.
+__device__ void wait_for_turn(const int* turn, int predecessors) {
+    int now;
+    do {
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(turn) : "memory");
+    } while (now != predecessors);
+}
+__device__ void end_turn(int* turn) { asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory"); }
+
+// One warp: what the consumers left in shared.dq is added to the sum in global memory, by its first lane.
+template <int C>
+__device__ void add_dq(Shared<C>& shared, const Arguments& args) {
+    const int lane = threadIdx.x % 32;
+    barrier_arrive(kDqRead, 160), barrier_arrive(kDqRead + 1, 160);  // both halves are free
+    for (Ring<2> tiles;; tiles.next()) {
+        shared.tile_full[tiles.stage()].wait(tiles.parity());
+        const Tile& tile = shared.tile[tiles.stage()];
+        if (tile.kv_head < 0) break;
+        int* last_turn = nullptr;
+        for (int block = tile.seeing.end - 1; block >= tile.seeing.begin; --block) {
+            for (int head = tile.kv_head * args.group; head < (tile.kv_head + 1) * args.group; ++head) {
+                const int padded = padded_row(tile, block, head, args);
+                float* sum = args.dq_sum + int64_t(padded) * C;
+                if (args.turns && lane == 0) {  // after all tiles of keys before this one that the block sees
+                    const int begin = block * kQueries + tile.doc.k_len - tile.doc.q_len - args.shape.look_back;
+                    wait_for_turn(args.turns + padded / kQueries, (tile.first_key - max(0, begin) / kKeys * kKeys) / kKeys);
+                }
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    barrier_sync(kDqWritten + half, 160);
+                    if (lane == 0) reduce_add(sum + half * kQueries * C / 2, shared.dq[half], sizeof shared.dq[half]);
+                    if (lane == 0) commit_bulk();
+                }
+                if (lane == 0) wait_bulk_read<1>();
+                __syncwarp();
+                barrier_arrive(kDqRead, 160);
+                if (lane == 0) wait_bulk_read<0>();
+                __syncwarp();
+                barrier_arrive(kDqRead + 1, 160);
+                if (args.turns && lane == 0) {  // the block before this one has had time to arrive in memory
+                    wait_bulk<2>();
+                    if (last_turn) end_turn(last_turn);
+                    last_turn = args.turns + padded / kQueries;
+                }
+            }
+        }
+        if (lane == 0) wait_bulk<0>();  // also because shared memory may go
+        if (last_turn) end_turn(last_turn);
+        __syncwarp();  // all lanes have read the tile
+        if (lane == 0) shared.tile_empty[tiles.stage()].arrive();
+    }
+}
+
+// One warpgroup's 64 keys of a tile.
+template <int C>
+struct Consumer {
+    Shared<C>& shared;
+    const Arguments& args;
+    const int warpgroup, thread, lane;  // 0 or 1, thread in the warpgroup
+    Ring<1> kv;
+    Ring<kStages> ring;
+    float dk[C / 2], dv[C / 2];
+
+    __device__ Consumer(Shared<C>& shared, const Arguments& args, int warpgroup)
+        : shared(shared), args(args), warpgroup(warpgroup), thread(threadIdx.x % 128), lane(threadIdx.x % 32) {}
+
+    __device__ __forceinline__ void release(Mbarrier& empty) {
+        if (lane == 0) empty.arrive();
+    }
+
+    // Rows of a tile that belong to no row of the document become 0: their P and dS are 0, but 0 * NaN is not. Both
+    // warpgroups write all of it, so that each waits for itself alone.
+    template <int kRows>
+    __device__ __forceinline__ void clear_rows(__nv_bfloat16* x, int begin) {
+        uint4* tile = reinterpret_cast<uint4*>(x);
+        for (int i = begin * 8 + thread; i < kRows * 8; i += 128) {
+#pragma unroll
+            for (int panel = 0; panel < C / 64; ++panel) tile[panel * kRows * 8 + i] = uint4{0, 0, 0, 0};
+        }
+        fence_async();
+        barrier_sync(kTogether + warpgroup, 128);
+    }
+
+    // X^T (64 keys x 64 queries) = keys' tile (K or V) times block (Q or dO), not awaited.
+    __device__ __forceinline__ void issue_scores(float (&x)[kQueries / 2], const __nv_bfloat16* keys,
+                                                 const __nv_bfloat16* block) {
+        const uint32_t a = shared_address(keys) + warpgroup * 64 * 128, b = shared_address(block);
+        wgmma_fence();
+#pragma unroll
+        for (int c = 0; c < C / 16; ++c) {  // 16 channels are 32 bytes of a row, 4 of them a panel
+            Wgmma<kQueries>::template ss<false, false>(x, descriptor(a + c / 4 * kKeys * 128 + c % 4 * 32),
+                                                       descriptor(b + c / 4 * kQueries * 128 + c % 4 * 32), c != 0);
+        }
+        wgmma_commit();
+    }
+
+    // dX (64 keys x C) += P^T or dS^T in registers times block (dO or Q), not awaited.
+    __device__ __forceinline__ void issue_gradient(float (&dx)[C / 2], const uint32_t (&a)[kQueries / 4],
+                                                   const __nv_bfloat16* block) {
+        const uint32_t b = shared_address(block);
+        wgmma_fence();
+#pragma unroll
+        for (int n = 0; n < kQueries / 16; ++n) {
+            Wgmma<C>::template rs<true>(dx, a + 4 * n, descriptor(b + n * 16 * 128, kQueries * 128), true);
+        }
+        wgmma_commit();
+    }
+
+    // dQ (64 queries x this warpgroup's half of the channels) = dS K, not awaited.
+    __device__ __forceinline__ void issue_dq(float (&dq)[C / 4]) {
+        const uint32_t a = shared_address(shared.ds[ring.stage()]);
+        const uint32_t b = shared_address(shared.k) + (C == 128 ? warpgroup * kKeys * 128 : warpgroup * 64);
+        wgmma_fence();
+#pragma unroll
+        for (int n = 0; n < kKeys / 16; ++n) {
+            Wgmma<C / 2>::template ss<true, true>(dq, descriptor(a + n * 16 * 128), descriptor(b + n * 16 * 128), n != 0);
+        }
+        wgmma_commit();
+    }
+
+    __device__ __forceinline__ void mask(float (&p)[kQueries / 2], const Tile& tile, int block) {
+        const Band band{args.shape.look_ahead, args.shape.look_back};
+        const int column = block * kQueries + lane % 4 * 2;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int key = tile.first_key + warpgroup * 64 + thread / 32 * 16 + lane / 4 + 8 * r;
+            Band::Range seeing = band.keys(key - tile.doc.k_len + tile.doc.q_len, tile.doc.q_len);
+            if (key >= tile.doc.k_len) seeing.end = 0;
+            const int begin = seeing.begin - column, end = seeing.end - column;
+#pragma unroll
+            for (int i = 0; i < kQueries / 8; ++i) {
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    float& x = p[4 * i + 2 * r + j];
+                    if (8 * i + j < begin || 8 * i + j >= end) x = 0.0f;
+                }
+            }
+        }
+    }
+
+    // All blocks of queries of all heads that see the tile: adds to dK and dV, leaves each dQ in shared memory.
+    //
+    // The tensor cores always have work queued while this warpgroup does arithmetic: dP^T under the exponentials, dV under
+    // dS, dK and S^T of the next block under the writing of dQ.
+    __device__ __forceinline__ void attend(const Tile& tile) {
+        const int num_steps = tile.seeing.size() * args.group;
+        const int tail_block = tile.doc.q_len / kQueries;  // ends behind the document, if it is there at all
+        int block = tile.seeing.end - 1, head = 0;
+        float s[kQueries / 2];
+        wait_for_q(tile, block == tail_block);
+        issue_scores(s, shared.k, shared.q[ring.stage()]);
+#pragma unroll 1
+        for (int left = num_steps - 1; left >= 0; --left) {
+            wgmma_wait<0>(s);
+            const int stage = ring.stage();
+            float dp[kQueries / 2];
+            uint32_t p16[kQueries / 4], ds16[kQueries / 4];
+            shared.d_out_full[stage].wait(ring.parity());
+            if (block == tail_block) clear_rows<kQueries>(shared.d_out[stage], tile.doc.q_len % kQueries);
+            issue_scores(dp, shared.v, shared.d_out[stage]);
+            exponentials(s, shared.lse[stage]);
+            if (!tile.whole.contains(block)) mask(s, tile, block);
+            pack_bf16(s, p16);
+            issue_gradient(dv, p16, shared.d_out[stage]);
+            wgmma_wait<1>(dp);
+            score_gradients(dp, p16, shared.delta[stage]);
+            pack_bf16(dp, ds16);
+            write_ds(ds16);
+            fence_async();
+            barrier_sync(kDsWritten, 256);  // both halves of dS are there; both warpgroups are done with the one before
+            float dq[C / 4];
+            issue_dq(dq);
+            wgmma_wait<1>(dv, p16);
+            release(shared.d_out_empty[stage]);
+            issue_gradient(dk, ds16, shared.q[stage]);
+            ring.next();
+            if (++head == args.group) head = 0, --block;
+            if (left > 0) wait_for_q(tile, block == tail_block);
+            // NOTE: behind the last block too, where nobody reads s: the assembler makes every wgmma wait if one of them
+            // stands under a condition.
+            issue_scores(s, shared.k, shared.q[ring.stage()]);
+            wgmma_wait<2>(dq);
+            write_dq(dq);
+            wgmma_wait<1>(dk, ds16);
+            release(shared.q_empty[stage]);
+        }
+        wgmma_wait<0>(s);
+    }
+
+    __device__ __forceinline__ void wait_for_q(const Tile& tile, bool is_tail) {
+        shared.q_full[ring.stage()].wait(ring.parity());
+        if (is_tail) clear_rows<kQueries>(shared.q[ring.stage()], tile.doc.q_len % kQueries);
+    }
+
+    // P = exp(S - lse), in place.
+    __device__ __forceinline__ void exponentials(float (&s)[kQueries / 2], const float* lse) {
+        const float scale = args.shape.scale * kLog2e;
+#pragma unroll
+        for (int i = 0; i < kQueries / 8; ++i) {
+            const float2 subtract = *reinterpret_cast<const float2*>(lse + 8 * i + lane % 4 * 2);
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                s[4 * i + 2 * r] = exp2_approx(fmaf(s[4 * i + 2 * r], scale, -subtract.x));
+                s[4 * i + 2 * r + 1] = exp2_approx(fmaf(s[4 * i + 2 * r + 1], scale, -subtract.y));
+            }
+        }
+    }
+
+    // dS = P (dP - D), in place of dP.
+    __device__ __forceinline__ void score_gradients(float (&dp)[kQueries / 2], const uint32_t (&p16)[kQueries / 4],
+                                                    const float* delta) {
+#pragma unroll
+        for (int i = 0; i < kQueries / 8; ++i) {
+            const float2 subtract = *reinterpret_cast<const float2*>(delta + 8 * i + lane % 4 * 2);
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const uint32_t p = p16[2 * i + r];
+                dp[4 * i + 2 * r] = __uint_as_float(p << 16) * (dp[4 * i + 2 * r] - subtract.x);
+                dp[4 * i + 2 * r + 1] = __uint_as_float(p & 0xffff0000u) * (dp[4 * i + 2 * r + 1] - subtract.y);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void write_dq(const float (&dq)[C / 4]) {
+        barrier_sync(kDqRead + warpgroup, 160);  // the copy engine has read the dQ before
+#pragma unroll
+        for (int j = 0; j < C / 16; ++j) {
+            reinterpret_cast<float4*>(shared.dq[warpgroup])[j * 128 + thread] =
+                float4{dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]};
+        }
+        fence_async();
+        barrier_arrive(kDqWritten + warpgroup, 160);
+    }
+
+    // dS^T as rows of 64 queries, 128 bytes, in TMA's swizzle: what issue_dq reads.
+    __device__ __forceinline__ void write_ds(const uint32_t (&ds16)[kQueries / 4]) {
+        const int row = warpgroup * 64 + thread / 32 * 16 + lane % 16;
+        const uint32_t to = shared_address(shared.ds[ring.stage()]) + row * 128;
+#pragma unroll
+        for (int j = 0; j < kQueries / 16; ++j) {
+            store_matrices(to + ((2 * j + lane / 16) ^ (row & 7)) * 16, ds16 + 4 * j);
+        }
+    }
+
+    __device__ __forceinline__ void run(const Tile& tile) {
+#pragma unroll
+        for (int i = 0; i < C / 2; ++i) dk[i] = dv[i] = 0.0f;
+        if (tile.seeing.size() > 0) {
+            shared.kv_full.wait(kv.parity());
+            kv.next();
+            const int tail = tile.doc.k_len - tile.first_key;
+            if (tail < kKeys) {
+                clear_rows<kKeys>(shared.k, tail);
+                clear_rows<kKeys>(shared.v, tail);
+            }
+            attend(tile);
+            release(shared.kv_empty);
+        }
+        store(args.dk, dk, args.shape.scale, tile);
+        store(args.dv, dv, 1.0f, tile);
+    }
+
+    __device__ __forceinline__ void store(__nv_bfloat16* out, const float (&x)[C / 2], float scale, const Tile& tile) {
+        const int first = tile.first_key + warpgroup * 64 + thread / 32 * 16 + lane / 4;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int row = first + 8 * r;
+            const int64_t token = tile.doc.k_begin + row;
+            uint4* to = reinterpret_cast<uint4*>(out + (token * args.shape.kv_heads + tile.kv_head) * C);
+#pragma unroll
+            for (int i = 0; i < C / 8; i += 4) {
+                uint32_t pairs[4];
+#pragma unroll
+                for (int g = 0; g < 4; ++g) {
+                    const float* pair = x + 4 * (i + g) + 2 * r;
+                    pairs[g] = pack_bf16(pair[0] * scale, pair[1] * scale);
+                }
+                const uint4 columns = gather_group(pairs[0], pairs[1], pairs[2], pairs[3]);
+                if (row < tile.doc.k_len) to[i + lane % 4] = columns;
+            }
+        }
+    }
+};
+
+template <int C>
+__global__ void __launch_bounds__(kThreads, 1)
+    backward_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
+                    const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap d_out_map,
+                    const __grid_constant__ Arguments args) {
+    extern __shared__ __align__(1024) uint8_t memory[];
+    Shared<C>& shared = *reinterpret_cast<Shared<C>*>(memory);  // no arithmetic: the compiler must see that it is shared
+    if (threadIdx.x == 0) {
+        if (shared_address(&shared) % 1024) __trap();  // TMA's and wgmma's swizzle count on it
+        constexpr int kWarps = 8;  // of the two warpgroups that consume
+        for (int i = 0; i < 2; ++i) shared.tile_full[i].init(1), shared.tile_empty[i].init(kWarps + 3);
+        shared.kv_full.init(1), shared.kv_empty.init(kWarps);
+        for (int i = 0; i < kStages; ++i) {
+            shared.q_full[i].init(1), shared.q_empty[i].init(kWarps);
+            shared.d_out_full[i].init(1), shared.d_out_empty[i].init(kWarps);
+        }
+        fence_mbarrier_init();
+        prefetch_map(&q_map), prefetch_map(&k_map), prefetch_map(&v_map), prefetch_map(&d_out_map);
+    }
+    __syncthreads();
+    if (threadIdx.x < 128) {
+        give_registers<24>();
+        const int warp = threadIdx.x / 32;
+        if (warp == 0) {
+            add_dq(shared, args);
+        } else if (elect_one()) {
+            const float* delta = args.rows + int64_t(args.shape.heads) * args.padded_rows;
+            if (warp == 1) load_keys(shared, args, &k_map, &v_map);
+            if (warp == 2) load_queries(shared, args, &q_map, args.rows, shared.q, shared.lse, shared.q_full, shared.q_empty);
+            if (warp == 3) load_queries(shared, args, &d_out_map, delta, shared.d_out, shared.delta, shared.d_out_full,
+                                        shared.d_out_empty);
+        }
+    } else {
+        take_registers<240>();
+        Consumer<C> consumer(shared, args, __shfl_sync(~0u, threadIdx.x / 128, 0) - 1);  // the same in a warp, visibly
+        for (Ring<2> tiles;; tiles.next()) {
+            shared.tile_full[tiles.stage()].wait(tiles.parity());
+            const Tile& tile = shared.tile[tiles.stage()];  // read there when needed: registers are scarce
+            if (tile.kv_head < 0) break;
+            consumer.run(tile);
+            __syncwarp();  // all lanes have read it
+            consumer.release(shared.tile_empty[tiles.stage()]);
+        }
+    }
+}
+
+constexpr int kBlocksOfTile = kHopperTiles.queries / kQueries;  // blocks of queries in an item of the plan
+
+// dq = scale * its sum, a block of 64 queries of one head by each CTA of 128 threads. Thread t finds in float4 j of half w
+// what thread t of warpgroup w had in registers 4 j ..: rows 16 * (t / 32) + t % 32 / 4 (+ 8), two columns of each.
+template <int C>
+__global__ void __launch_bounds__(128)
+    finish_kernel(AttentionShape shape, int* plan_ints, int padded_rows, const float* dq_sum, __nv_bfloat16* dq) {
+    const Plan plan(plan_ints, shape, kHopperTiles);
+    if (blockIdx.x / kBlocksOfTile >= plan.num_query_items()) return;
+    const Item item = plan.query_items[blockIdx.x / kBlocksOfTile];
+    const Document doc = plan.documents[item.document];
+    const int block = item.tile * kBlocksOfTile + blockIdx.x % kBlocksOfTile, head = item.head, t = threadIdx.x;
+    if (block * kQueries >= doc.q_len) return;
+    const int64_t padded = int64_t(head) * padded_rows + padded_begin(doc, item.document) + block * kQueries;
+    const float4* sum = reinterpret_cast<const float4*>(dq_sum + padded * C) + t;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int j = 0; j < C / 16; j += 4) {
+            uint32_t pairs[2][4];
+#pragma unroll
+            for (int g = 0; g < 4; ++g) {
+                const float4 x = sum[half * kQueries * C / 8 + (j + g) * 128];
+                pairs[0][g] = pack_bf16(x.x * shape.scale, x.y * shape.scale);
+                pairs[1][g] = pack_bf16(x.z * shape.scale, x.w * shape.scale);
+            }
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const uint4 columns = gather_group(pairs[r][0], pairs[r][1], pairs[r][2], pairs[r][3]);
+                const int row = block * kQueries + t / 32 * 16 + t % 32 / 4 + 8 * r;
+                uint4* to = reinterpret_cast<uint4*>(dq + (int64_t(doc.q_begin + row) * shape.heads + head) * C);
+                if (row < doc.q_len) to[half * C / 16 + j + t % 4] = columns;
+            }
+        }
+    }
+}
+
+template <int C>
+void launch(const AttentionBackward& args, int device, cudaStream_t stream) {
+    const AttentionShape& shape = args.shape;
+    const AttentionShape* s = &shape;
+    int* plan = const_cast<int*>(args.plan);
+    const int padded_rows = static_cast<int>(attention_padded_rows(shape));
+    const Arguments arguments = {shape, plan, shape.heads / shape.kv_heads, padded_rows, args.rows, args.dq_sum, args.turns,
+                                 static_cast<__nv_bfloat16*>(args.dk), static_cast<__nv_bfloat16*>(args.dv)};
+    constexpr int kBytes = sizeof(Shared<C>);
+    check(cudaFuncSetAttribute(backward_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
+          "cudaFuncSetAttribute");
+    backward_kernel<C><<<num_processors(device), kThreads, kBytes, stream>>>(
+        tensor_map(args.q, s->num_queries, s->heads, C, kQueries), tensor_map(args.k, s->num_keys, s->kv_heads, C, kKeys),
+        tensor_map(args.v, s->num_keys, s->kv_heads, C, kKeys),
+        tensor_map(args.d_out, s->num_queries, s->heads, C, kQueries), arguments);
+    const int grid = Plan::max_query_items(shape, kHopperTiles) * kBlocksOfTile;
+    finish_kernel<C><<<grid, 128, 0, stream>>>(shape, plan, padded_rows, args.dq_sum,
+                                               static_cast<__nv_bfloat16*>(args.dq));
+    check(cudaGetLastError(), "attention_backward_sm90",
+          {{"queries", shape.num_queries}, {"keys", shape.num_keys}, {"heads", shape.heads},
+           {"kv_heads", shape.kv_heads}, {"head_dim", C}});
+}
+
+}  // namespace
+
+void attention_backward_sm90(const AttentionBackward& args, int device, cudaStream_t stream) {
+    const OnDevice guard(device);
+    attention_prepare(args, kHopperTiles, device, stream);
+    switch (args.shape.head_dim) {
+        case 64: return launch<64>(args, device, stream);
+        case 128: return launch<128>(args, device, stream);
+        default: throw std::invalid_argument("head_dim=" + std::to_string(args.shape.head_dim) + " is not in 64, 128");
+    }
+}
+
+}  // namespace minitrain

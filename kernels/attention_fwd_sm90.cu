@@ -1,0 +1,346 @@
+// Attention forward on Hopper: one persistent CTA of three warpgroups per SM.
+//
+//   warpgroup 0, one thread      takes the next tile, loads Q, then K and V block by block (TMA), two blocks ahead
+//   warpgroups 1 and 2           64 query rows each: S = Q K^T, online softmax in registers, O += P V
+//
+// Two overlaps keep the tensor cores busy. Inside a warpgroup, S of the next block is multiplied while this block's softmax
+// waits for nothing: its P V is issued behind that S. Between the two, turns: while one warpgroup has the tensor cores the
+// other does its softmax. The next tile's Q, K and V are loaded while this tile's last products and stores go on.
+//
+// Algorithm: Dao et al. 2022, arXiv:2205.14135; overlaps: Shah et al. 2024, arXiv:2407.08608; online softmax: Milakov &
+// Gimelshein 2018, arXiv:1805.02867.
+
+#include "attention.cuh"
+#include "sm90.cuh"
+
+namespace minitrain {
+namespace {
+
+using namespace sm90;
+
+constexpr int kRows = kHopperTiles.queries;  // of a tile, 64 a warpgroup
+constexpr int kKeys = 128;   // keys of a block
+constexpr int kStages = 2;   // blocks of K and of V in shared memory
+constexpr int kThreads = 384;
+constexpr int kTurn = 1, kTogether = 3;  // named barriers, one for each of the two warpgroups
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+struct Tile {
+    Document doc;
+    int first_row, head;      // in the document; -1 behind the last tile
+    Band::Range seen, whole;  // blocks of keys that it sees, and of these the ones that need no mask
+};
+
+template <int C>
+struct alignas(1024) Shared {
+    __nv_bfloat16 q[kRows * C], k[kStages][kKeys * C], v[kStages][kKeys * C];
+    Tile tile[2];
+    Mbarrier tile_full[2], tile_empty[2], q_full, q_empty, k_full[kStages], k_empty[kStages], v_full[kStages],
+        v_empty[kStages];
+};
+
+struct Arguments {
+    AttentionShape shape;
+    int* plan;
+    __nv_bfloat16* out;
+    float* lse;
+};
+
+// One thread: tells the CTA which tile is next, one ahead of the work, and loads what it needs.
+template <int C>
+__device__ void produce(Shared<C>& shared, const Arguments& args, const CUtensorMap* q_map, const CUtensorMap* k_map,
+                        const CUtensorMap* v_map) {
+    const AttentionShape& shape = args.shape;
+    const Plan plan(args.plan, shape, kHopperTiles);
+    const int num_items = plan.num_query_items(), group = shape.heads / shape.kv_heads;
+    const Band band{shape.look_back, shape.look_ahead};
+    Ring<1> q;
+    Ring<kStages> kv;
+    int number = next_item(plan.forward_counter(), num_items);
+    for (Ring<2> tiles;; tiles.next()) {
+        Tile& tile = shared.tile[tiles.stage()];
+        shared.tile_empty[tiles.stage()].wait(tiles.parity() ^ 1);
+        if (number >= num_items) {
+            tile.head = -1;
+            shared.tile_full[tiles.stage()].arrive();
+            return;
+        }
+        const Item item = plan.query_items[number];
+        const Document doc = plan.documents[item.document];
+        const int first_row = item.tile * kRows, shift = doc.k_len - doc.q_len;  // a query's place less its row
+        const int first = first_row + shift, last = min(first_row + kRows, doc.q_len) - 1 + shift;
+        const int keys = item.document == shape.num_documents ? 0 : doc.k_len;  // the last document sees nothing
+        const Band::Range seen = band.blocks_seen(first, last, keys, kKeys);
+        tile = {doc, first_row, item.head, seen, band.blocks_whole(first, last, keys, kKeys)};
+        shared.tile_full[tiles.stage()].arrive();
+        number = next_item(plan.forward_counter(), num_items);  // early: its latency hides behind the loads
+        if (seen.size() == 0) continue;
+        shared.q_empty.wait(q.parity() ^ 1);
+        q.next();
+        shared.q_full.arrive_and_expect(sizeof shared.q);
+        load_tile(shared_address(shared.q), q_map, shared.q_full, doc.q_begin + first_row, item.head);
+#pragma unroll 1
+        for (int block = seen.end - 1; block >= seen.begin; --block, kv.next()) {
+            const int row = doc.k_begin + block * kKeys, s = kv.stage();
+            shared.k_empty[s].wait(kv.parity() ^ 1);
+            shared.k_full[s].arrive_and_expect(sizeof shared.k[s]);
+            load_tile(shared_address(shared.k[s]), k_map, shared.k_full[s], row, item.head / group);
+            shared.v_empty[s].wait(kv.parity() ^ 1);
+            shared.v_full[s].arrive_and_expect(sizeof shared.v[s]);
+            load_tile(shared_address(shared.v[s]), v_map, shared.v_full[s], row, item.head / group);
+        }
+    }
+}
+
+// One warpgroup's 64 rows of a tile.
+template <int C>
+struct Consumer {
+    Shared<C>& shared;
+    const Arguments& args;
+    const int warpgroup, thread, lane;  // 0 or 1, thread in the warpgroup
+    Ring<1> q;
+    Ring<kStages> k, v;
+    float s[kKeys / 2], o[C / 2], max[2], sum[2];  // of the thread's rows r and r + 8
+    uint32_t p[kKeys / 4];
+
+    __device__ Consumer(Shared<C>& shared, const Arguments& args, int warpgroup)
+        : shared(shared), args(args), warpgroup(warpgroup), thread(threadIdx.x % 128), lane(threadIdx.x % 32) {}
+
+    __device__ __forceinline__ void release(Mbarrier& empty) {
+        if (lane == 0) empty.arrive();
+    }
+
+    // S = Q K^T, not awaited.
+    __device__ __forceinline__ void issue_scores() {
+        const uint32_t q_tile = shared_address(shared.q) + warpgroup * 64 * 128, k_tile = shared_address(shared.k[k.stage()]);
+        wgmma_fence();
+#pragma unroll
+        for (int c = 0; c < C / 16; ++c) {  // 16 channels are 32 bytes of a row, 4 of them a panel
+            Wgmma<kKeys>::template ss<false, false>(s, descriptor(q_tile + c / 4 * kRows * 128 + c % 4 * 32),
+                                                    descriptor(k_tile + c / 4 * kKeys * 128 + c % 4 * 32), c != 0);
+        }
+        wgmma_commit();
+    }
+
+    // O += P V, not awaited.
+    __device__ __forceinline__ void issue_output() {
+        const uint32_t v_tile = shared_address(shared.v[v.stage()]);
+        wgmma_fence();
+#pragma unroll
+        for (int n = 0; n < kKeys / 16; ++n) {
+            Wgmma<C>::template rs<true>(o, p + 4 * n, descriptor(v_tile + n * 16 * 128, kKeys * 128), true);
+        }
+        wgmma_commit();
+    }
+
+    // V's rows that belong to no key of the document become 0: P is 0 there, but 0 * NaN is not.
+    __device__ __forceinline__ void clear_rows(int begin) {
+        uint4* tile = reinterpret_cast<uint4*>(shared.v[v.stage()]);
+        for (int i = begin * 8 + thread; i < kKeys * 8; i += 128) {
+#pragma unroll
+            for (int panel = 0; panel < C / 64; ++panel) tile[panel * kKeys * 8 + i] = uint4{0, 0, 0, 0};
+        }
+        fence_async();
+        barrier_sync(kTogether + warpgroup, 128);  // both warpgroups write all of it, so each waits for itself alone
+    }
+
+    __device__ __forceinline__ void mask(const Tile& tile, int block) {
+        const Band band{args.shape.look_back, args.shape.look_ahead};
+        const int column = block * kKeys + lane % 4 * 2;
+        const int place = tile.first_row + warpgroup * 64 + thread / 32 * 16 + lane / 4 + tile.doc.k_len - tile.doc.q_len;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const Band::Range seen = band.keys(place + 8 * r, tile.doc.k_len);
+            const int begin = seen.begin - column, end = seen.end - column;
+#pragma unroll
+            for (int i = 0; i < kKeys / 8; ++i) {
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    float& x = s[4 * i + 2 * r + j];
+                    if (8 * i + j < begin || 8 * i + j >= end) x = -INFINITY;
+                }
+            }
+        }
+    }
+
+    // s becomes exp(score - max); -> by what earlier sums and outputs must be multiplied.
+    __device__ __forceinline__ void softmax(float (&rescale)[2]) {
+        const float scale = args.shape.scale * kLog2e;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float high = max[r];
+#pragma unroll
+            for (int i = 0; i < kKeys / 8; ++i) high = fmaxf(high, fmaxf(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]));
+            high = fmaxf(high, __shfl_xor_sync(~0u, high, 1));
+            high = fmaxf(high, __shfl_xor_sync(~0u, high, 2));
+            const float subtract = high == -INFINITY ? 0.0f : high * scale;  // (-inf) - (-inf) is no number
+            rescale[r] = exp2_approx(max[r] * scale - subtract);
+            max[r] = high;
+            float total = 0.0f;
+#pragma unroll
+            for (int i = 0; i < kKeys / 8; ++i) {
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    float& x = s[4 * i + 2 * r + j];
+                    x = exp2_approx(fmaf(x, scale, -subtract));
+                    total += x;
+                }
+            }
+            sum[r] = sum[r] * rescale[r] + total;
+        }
+    }
+
+    __device__ __forceinline__ void run(const Tile& tile) {
+#pragma unroll
+        for (int i = 0; i < C / 2; ++i) o[i] = 0.0f;
+        max[0] = max[1] = -INFINITY;
+        sum[0] = sum[1] = 0.0f;
+        if (tile.seen.size() > 0) attend(tile);
+        store(tile);
+    }
+
+    __device__ __forceinline__ void attend(const Tile& tile) {
+        float rescale[2];
+        int block = tile.seen.end - 1;
+        shared.q_full.wait(q.parity());
+        shared.k_full[k.stage()].wait(k.parity());
+        issue_scores();
+        wgmma_wait<0>(s);
+        release(shared.k_empty[k.stage()]);
+        k.next();
+        if (!tile.whole.contains(block)) mask(tile, block);
+        softmax(rescale);
+        const int tail = tile.doc.k_len - block * kKeys;
+        shared.v_full[v.stage()].wait(v.parity());
+        if (tail < kKeys) clear_rows(tail);
+        for (bool first = true;; first = false) {
+            // NOTE: this wait stands here, not behind the softmax that it follows, because the assembler would move it up
+            // over the softmax; it does not move it over the beginning of a loop.
+            wgmma_wait<0>(o, p);
+            if (!first) release_v();
+            pack_bf16(s, p);
+#pragma unroll
+            for (int i = 0; i < C / 2; ++i) o[i] *= rescale[i / 2 % 2];
+            if (--block < tile.seen.begin) break;
+            shared.k_full[k.stage()].wait(k.parity());
+            barrier_sync(kTurn + warpgroup, 256);  // the other warpgroup has issued its products
+            issue_scores();
+            shared.v_full[v.stage()].wait(v.parity());
+            issue_output();
+            barrier_arrive(kTurn + (warpgroup ^ 1), 256);
+            wgmma_wait<1>(s);  // the scores
+            release(shared.k_empty[k.stage()]);
+            k.next();
+            if (!tile.whole.contains(block)) mask(tile, block);
+            softmax(rescale);
+        }
+        release(shared.q_empty);
+        q.next();
+        shared.v_full[v.stage()].wait(v.parity());
+        issue_output();
+        wgmma_wait<0>(o, p);
+        release_v();
+    }
+
+    __device__ __forceinline__ void release_v() {
+        release(shared.v_empty[v.stage()]);
+        v.next();
+    }
+
+    __device__ __forceinline__ void store(const Tile& tile) {
+        const int first = tile.first_row + warpgroup * 64 + thread / 32 * 16 + lane / 4;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
+            sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
+            const float inverse = max[r] == -INFINITY ? 0.0f : 1.0f / sum[r];
+            const int row = first + 8 * r;
+            const bool valid = row < tile.doc.q_len;
+            const int64_t token = tile.doc.q_begin + row;
+            if (valid && lane % 4 == 0) {
+                args.lse[int64_t(tile.head) * args.shape.num_queries + token] =
+                    max[r] * args.shape.scale + kLn2 * log2f(sum[r]);  // -inf where nothing is seen
+            }
+            uint4* to = reinterpret_cast<uint4*>(args.out + (token * args.shape.heads + tile.head) * C);
+#pragma unroll
+            for (int i = 0; i < C / 8; i += 4) {
+                uint32_t x[4];
+#pragma unroll
+                for (int g = 0; g < 4; ++g) {
+                    const float* pair = o + 4 * (i + g) + 2 * r;
+                    x[g] = pack_bf16(pair[0] * inverse, pair[1] * inverse);
+                }
+                const uint4 columns = gather_group(x[0], x[1], x[2], x[3]);
+                if (valid) to[i + lane % 4] = columns;
+            }
+        }
+    }
+};
+
+template <int C>
+__global__ void __launch_bounds__(kThreads, 1)
+    forward_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
+                   const __grid_constant__ CUtensorMap v_map, const __grid_constant__ Arguments args) {
+    extern __shared__ __align__(1024) uint8_t memory[];
+    Shared<C>& shared = *reinterpret_cast<Shared<C>*>(memory);  // no arithmetic: the compiler must see that it is shared
+    if (threadIdx.x == 0) {
+        if (shared_address(&shared) % 1024) __trap();  // TMA's and wgmma's swizzle count on it
+        constexpr int kWarps = 8;  // of the two warpgroups that consume
+        for (int i = 0; i < 2; ++i) shared.tile_full[i].init(1), shared.tile_empty[i].init(kWarps);
+        shared.q_full.init(1), shared.q_empty.init(kWarps);
+        for (int i = 0; i < kStages; ++i) {
+            shared.k_full[i].init(1), shared.k_empty[i].init(kWarps);
+            shared.v_full[i].init(1), shared.v_empty[i].init(kWarps);
+        }
+        fence_mbarrier_init();
+        prefetch_map(&q_map), prefetch_map(&k_map), prefetch_map(&v_map);
+    }
+    __syncthreads();
+    if (threadIdx.x < 128) {
+        give_registers<24>();
+        if (threadIdx.x < 32 && elect_one()) {
+            produce(shared, args, &q_map, &k_map, &v_map);
+        }
+    } else {
+        take_registers<240>();
+        Consumer<C> consumer(shared, args, __shfl_sync(~0u, threadIdx.x / 128, 0) - 1);  // the same in a warp, visibly
+        if (consumer.warpgroup == 1) barrier_arrive(kTurn, 256);  // the first turn; one is left over after each tile
+        for (Ring<2> tiles;; tiles.next()) {
+            shared.tile_full[tiles.stage()].wait(tiles.parity());
+            const Tile& tile = shared.tile[tiles.stage()];  // read there when needed: registers are scarce
+            if (tile.head < 0) break;
+            consumer.run(tile);
+            __syncwarp();  // all lanes have read it
+            consumer.release(shared.tile_empty[tiles.stage()]);
+        }
+    }
+}
+
+template <int C>
+void launch(const AttentionForward& args, int device, cudaStream_t stream) {
+    const AttentionShape& shape = args.shape;
+    const auto map = [&](const Packed& x, int rows, int heads, int box) { return tensor_map(x, rows, heads, C, box); };
+    const Arguments arguments = {shape, const_cast<int*>(args.plan), static_cast<__nv_bfloat16*>(args.out), args.lse};
+    constexpr int kBytes = sizeof(Shared<C>);
+    check(cudaFuncSetAttribute(forward_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
+          "cudaFuncSetAttribute");
+    forward_kernel<C><<<num_processors(device), kThreads, kBytes, stream>>>(
+        map(args.q, shape.num_queries, shape.heads, kRows), map(args.k, shape.num_keys, shape.kv_heads, kKeys),
+        map(args.v, shape.num_keys, shape.kv_heads, kKeys), arguments);
+    check(cudaGetLastError(), "attention_forward_sm90",
+          {{"queries", shape.num_queries}, {"keys", shape.num_keys}, {"heads", shape.heads},
+           {"kv_heads", shape.kv_heads}, {"head_dim", C}});
+}
+
+}  // namespace
+
+void attention_forward_sm90(const AttentionForward& args, int device, cudaStream_t stream) {
+    const OnDevice guard(device);
+    switch (args.shape.head_dim) {
+        case 64: return launch<64>(args, device, stream);
+        case 128: return launch<128>(args, device, stream);
+        default: throw std::invalid_argument("head_dim=" + std::to_string(args.shape.head_dim) + " is not in 64, 128");
+    }
+}
+
+}  // namespace minitrain

@@ -1,0 +1,187 @@
+// The plan of a batch of documents: see attention.cuh for what it holds, and in which order.
+//
+// Two lists, of queries and of keys. One CTA writes one wave of one list, sorted by counting: it finds which heads of which
+// documents are in its wave, counts how many tiles have 1, 2, 3, ... blocks of work, and gives each tile its place. Tiles of
+// equal work come in any order: results do not depend on it.
+
+#include "attention.cuh"
+#include "common.cuh"
+#include "sm80.cuh"
+
+namespace minitrain {
+namespace {
+
+constexpr int kThreads = 1024;
+constexpr int kMaxWaves = 64;
+constexpr int kMaxTiles = 8192;  // of a document
+constexpr int kTilesOfThread = kMaxTiles / kThreads;
+
+// Rows begin .. begin + len of document i, cut off at what is there; the last document is what no other holds.
+__device__ int2 rows_of(const int* cu, int i, int num_documents, int num_rows) {
+    const int begin = min(max(cu[i], 0), num_rows);
+    const int end = i < num_documents ? min(max(cu[i + 1], begin), num_rows) : num_rows;
+    return {begin, end - begin};
+}
+
+// Sums over the CTA: of all threads, and of those before this one.
+struct Sums {
+    int64_t all, before;
+};
+__device__ Sums sum_over_cta(int64_t value) {
+    __shared__ int64_t of_warp[kThreads / 32];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int64_t upto = value;
+    for (int step = 1; step < 32; step *= 2) {
+        const int64_t other = __shfl_up_sync(~0u, upto, step);
+        if (lane >= step) upto += other;
+    }
+    __syncthreads();  // a former call's readers are done
+    if (lane == 31) of_warp[warp] = upto;
+    __syncthreads();
+    Sums sums = {0, upto - value};
+    for (int w = 0; w < kThreads / 32; ++w) {
+        if (w == warp) sums.before += sums.all;
+        sums.all += of_warp[w];
+    }
+    return sums;
+}
+
+// One of the two lists.
+struct List {
+    const int* cu;
+    int num_documents, num_rows, tile, heads;
+
+    __device__ int2 rows(int i) const { return rows_of(cu, i, num_documents, num_rows); }
+    __device__ int tiles(int i) const { return i <= num_documents ? (rows(i).y + tile - 1) / tile : 0; }
+};
+
+// Blocks that the tiles of a document have to work on under a causal mask: 1 + 2 + ... + tiles.
+__device__ int64_t work_of(int tiles) { return int64_t(tiles) * (tiles + 1) / 2; }
+
+// The smallest head whose work begins at or after `begin`, if head 0's begins at `first`.
+__device__ int first_head(int64_t begin, int64_t first, int64_t work, int heads) {
+    return work == 0 ? 0 : static_cast<int>(min(max((begin - first + work - 1) / work, int64_t(0)), int64_t(heads)));
+}
+
+__global__ void __launch_bounds__(kThreads)
+    plan_kernel(AttentionShape shape, AttentionTiles tile, const int* cu_q, const int* cu_k, int num_processors, int* out) {
+    __shared__ int place[kMaxTiles];  // of the tiles with so many blocks of work, less one: how many; then where the next goes
+    __shared__ int longest;
+    const Plan plan(out, shape, tile);
+    const bool is_keys = blockIdx.y == 1;
+    const List list = is_keys ? List{cu_k, shape.num_documents, shape.num_keys, tile.keys, shape.kv_heads}
+                              : List{cu_q, shape.num_documents, shape.num_queries, tile.queries, shape.heads};
+    const int N = shape.num_documents, room = is_keys ? plan.max_key_items(shape, tile) : plan.max_query_items(shape, tile);
+    for (int t = threadIdx.x; t < kMaxTiles; t += kThreads) place[t] = 0;
+    if (threadIdx.x == 0) longest = 1;
+    __syncthreads();
+
+    // How much work there is, and in how many waves.
+    int64_t work = 0;
+    for (int first = 0; first <= N; first += kThreads) {
+        const int tiles = list.tiles(first + threadIdx.x);
+        work += sum_over_cta(work_of(tiles) * list.heads).all;
+        if (tiles > 0) atomicMax(&longest, tiles);
+    }
+    __syncthreads();
+    const int64_t waves = min(max(work / (int64_t(num_processors) * longest), int64_t(1)), int64_t(kMaxWaves));
+    if (blockIdx.x >= waves) return;
+    const int64_t wave_begin = work * blockIdx.x / waves, wave_end = work * (blockIdx.x + 1) / waves;
+
+    // visit(document, its tiles, first head in this wave, end of heads), of every document by a thread; -> items before.
+    const auto for_each_document = [&](auto visit) {
+        int64_t begin = 0, items = 0;
+        for (int first = 0; first <= N; first += kThreads) {
+            const int i = first + threadIdx.x, tiles = list.tiles(i);
+            const Sums sums = sum_over_cta(work_of(tiles) * list.heads);
+            const int from = first_head(wave_begin, begin + sums.before, work_of(tiles), list.heads);
+            const int to = first_head(wave_end, begin + sums.before, work_of(tiles), list.heads);
+            visit(i, tiles, from, to);
+            begin += sums.all;
+            items += sum_over_cta(int64_t(tiles) * from).all;
+        }
+        return static_cast<int>(items);
+    };
+
+    const int items_before = for_each_document([&](int i, int tiles, int from, int to) {
+        if (to > from) atomicAdd(&place[tiles - 1], to - from);
+    });
+    // place[t]: heads whose document has t + 1 tiles -> heads that have a tile with t + 1 blocks of work, which are those
+    // whose document has as many tiles or more -> tiles with more work. Each thread has kTilesOfThread, the last ones first.
+    const int last = kMaxTiles - 1 - kTilesOfThread * threadIdx.x;
+    for (int round = 0; round < 2; ++round) {
+        __syncthreads();
+        int mine = 0;
+        for (int t = 0; t < kTilesOfThread; ++t) mine += place[last - t];
+        int sum = static_cast<int>(sum_over_cta(mine).before);
+        for (int t = 0; t < kTilesOfThread; ++t) {
+            const int here = place[last - t];
+            place[last - t] = round == 0 ? sum + here : sum;
+            sum += here;
+        }
+    }
+    __syncthreads();
+    Item* items = is_keys ? plan.key_items : plan.query_items;
+    for_each_document([&](int i, int tiles, int from, int to) {
+        for (int lane = 0; lane < 32; ++lane) {  // a warp writes its 32 documents one after the other
+            const int n = __shfl_sync(~0u, tiles, lane), document = i - threadIdx.x % 32 + lane;
+            const int begin = __shfl_sync(~0u, from, lane), heads = __shfl_sync(~0u, to, lane) - begin;
+            for (int t = threadIdx.x % 32; heads > 0 && t < n; t += 32) {
+                const int first = items_before + atomicAdd(&place[t], heads);
+                for (int h = 0; h < heads && first + h < room; ++h) {  // documents that overlap could need more room
+                    items[first + h] = {document, is_keys ? n - 1 - t : t, begin + h};
+                }
+            }
+        }
+    });
+
+    if (blockIdx.x > 0) return;
+    int64_t all = 0;
+    for (int first = 0; first <= N; first += kThreads) {
+        const int i = first + threadIdx.x;
+        all += sum_over_cta(int64_t(list.tiles(i)) * list.heads).all;
+        if (i > N) continue;
+        const int2 rows = list.rows(i);
+        (is_keys ? plan.documents[i].k_begin : plan.documents[i].q_begin) = rows.x;
+        (is_keys ? plan.documents[i].k_len : plan.documents[i].q_len) = rows.y;
+    }
+    if (threadIdx.x == 0) {
+        plan.header[is_keys] = static_cast<int>(min(all, int64_t(room)));
+        plan.header[2 + is_keys] = 0;
+    }
+}
+
+}  // namespace
+
+int64_t attention_plan_ints(const AttentionShape& shape, AttentionTiles tile) {
+    return Plan::num_ints(shape, tile);
+}
+
+void attention_plan(const AttentionShape& shape, AttentionTiles tile, const int* cu_q, const int* cu_k, int* plan,
+                    int device, cudaStream_t stream) {
+    for (const int rows : {shape.num_queries / tile.queries, shape.num_keys / tile.keys}) {
+        if (rows >= kMaxTiles) throw std::invalid_argument("more than " + std::to_string(kMaxTiles) + " tiles of rows");
+    }
+    const OnDevice guard(device);
+    plan_kernel<<<dim3(kMaxWaves, 2), kThreads, 0, stream>>>(shape, tile, cu_q, cu_k, num_processors(device), plan);
+    check(cudaGetLastError(), "attention_plan",
+          {{"queries", shape.num_queries}, {"keys", shape.num_keys}, {"documents", shape.num_documents}});
+}
+
+uint64_t capture_id(cudaStream_t stream) {
+    cudaStreamCaptureStatus status;
+    unsigned long long id = 0;
+    check(cudaStreamGetCaptureInfo(stream, &status, &id), "cudaStreamGetCaptureInfo");
+    return status == cudaStreamCaptureStatusActive ? id : 0;
+}
+
+AttentionTiles attention_tiles(int head_dim, bool hopper) {
+    return hopper ? kHopperTiles : attention_tiles_sm80(head_dim);
+}
+
+int64_t attention_padded_rows(const AttentionShape& shape) {
+    return (int64_t(shape.num_queries) + kQueryBlock - 1) / kQueryBlock * kQueryBlock +
+           (shape.num_documents + 1) * int64_t(kQueryBlock);
+}
+
+}  // namespace minitrain

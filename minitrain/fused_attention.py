@@ -1,0 +1,308 @@
+"""Our CUDA kernels for attention as functions of torch tensors: fused_attention, and merge for keys in several places.
+
+    fused_attention --> attention_fwd  (out, lse) ...  attention_bwd  (dq, dk, dv)      two torch.library ops
+                              \\                            /
+                               make_plan: the list of work of a batch of documents, made once for all layers
+
+This file checks what the kernels are given and allocates what they write; kernels/attention.h says what they promise.
+Dimensions as in attention.py: T queries, S keys, H query heads, K key/value heads, C channels, N documents.
+"""
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+if importlib.util.find_spec("minitrain.kernels"):
+    from minitrain import kernels
+else:  # built without nvcc
+    kernels = None
+
+HEAD_DIMS = {"hopper": (64, 128), "portable": (64, 96, 128, 192, 256)}
+_UNBOUNDED = 1 << 29  # a window without an end; kUnbounded of kernels/attention.h
+
+
+def fused_attention(
+    q_THC: Tensor,
+    k_SKC: Tensor,
+    v_SKC: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen: int,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    deterministic: bool = False,
+    kernel: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attention inside each document -> out (T, H, C) bf16 and lse (H, T) fp32, both differentiable.
+
+    q (T, H, C), k and v (S, K, C): bf16 on one CUDA device, K divides H, C of HEAD_DIMS; slices of one packed qkv are
+    read in place, what the kernels cannot address is copied. cu_seqlens_* (N + 1,) int32, the same N: document i is rows
+    cu[i] : cu[i + 1]; rows past the last entry belong to no document, their out is 0. They are not looked at on the host:
+    check_documents does that, and waits. max_seqlen: about the longest document, in tokens; only speed depends on it.
+    causal: query i of n sees key j of m iff j <= i + m - n (else every key of its document); window: and iff
+    j >= i + m - n - window. scale: of the scores, C**-0.5 if None.
+    lse: log of the sum of exp(score), natural, -inf where a query sees nothing (its out is 0). For merge.
+    deterministic: dq too is summed in a fixed order, at some cost; all else always is. The same bits in every run.
+    kernel: "hopper" (capability 9.0), "portable" (8.0 and later), or "auto", the faster one that can run.
+    Raises ValueError naming the argument. Sums and softmax in fp32. Algorithm: Dao 2023, arXiv:2307.08691.
+    """
+    _check_tensors(q_THC, k_SKC, v_SKC, cu_seqlens_q, cu_seqlens_k)
+    C = q_THC.shape[-1]
+    if window is not None and (not causal or window < 0):
+        raise ValueError(f"fused_attention: window={window} needs causal=True, and must be at least 0")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"fused_attention: scale={scale} is not positive")
+    hopper = _is_hopper(kernel, q_THC.device.type, q_THC.device.index, q_THC.dtype, C)
+    look_back = _UNBOUNDED if window is None else min(window, _UNBOUNDED)
+    look_ahead = 0 if causal else _UNBOUNDED
+    scale = C**-0.5 if scale is None else scale
+    return torch.ops.minitrain.attention_fwd(
+        q_THC, k_SKC, v_SKC, cu_seqlens_q, cu_seqlens_k, look_back, look_ahead, scale, deterministic, hopper
+    )
+
+
+def merge(out_a_THC: Tensor, lse_a_HT: Tensor, out_b_THC: Tensor, lse_b_HT: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention to two disjoint sets of keys, from (out, lse) of each -> (out, lse) of all of them. Differentiable.
+
+    out (T, H, C), lse (H, T); a query may see no key of one set or of both. Computed in lse's dtype.
+    """
+    blind_HT = (lse_a_HT == -torch.inf) & (lse_b_HT == -torch.inf)  # there, (-inf) - (-inf) would be no number
+    lse_HT = torch.logaddexp(lse_a_HT.masked_fill(blind_HT, 0), lse_b_HT.masked_fill(blind_HT, 0))
+
+    def share(out_THC, part_HT):
+        return out_THC * (part_HT - lse_HT).exp().T[..., None]
+
+    out_THC = (share(out_a_THC, lse_a_HT) + share(out_b_THC, lse_b_HT)).to(out_a_THC.dtype)
+    return out_THC, lse_HT.masked_fill(blind_HT, -torch.inf)
+
+
+def check_documents(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_queries: int, num_keys: int) -> None:
+    """ValueError if an entry is negative, less than the one before, or beyond the rows that there are. Waits."""
+    for name, cu, rows in (("cu_seqlens_q", cu_seqlens_q, num_queries), ("cu_seqlens_k", cu_seqlens_k, num_keys)):
+        ends = cu.tolist()
+        for i, (before, end) in enumerate(zip([0, *ends], ends, strict=False)):
+            if not before <= end <= rows:
+                raise ValueError(f"{name}[{i}] = {end} is not in {before} .. {rows}, the entry before and the rows")
+
+
+def why_not(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the kernels cannot take such tensors here, or None if they can."""
+    if kernels is None:
+        return "the CUDA extension is not built: it needs nvcc when minitrain is installed"
+    if device_type != "cuda":
+        return f"it runs on CUDA devices only, not on {device_type}"
+    if dtype != torch.bfloat16:
+        return f"it takes bfloat16, not {dtype}"
+    if head_dim not in HEAD_DIMS["portable"]:
+        return f"head dim {head_dim} is none of {', '.join(map(str, HEAD_DIMS['portable']))}"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0) or ("80" not in kernels.archs.split(";") and capability != (9, 0)):
+        return f"it was built for {kernels.archs}, and this GPU has compute capability {capability[0]}.{capability[1]}"
+    return None
+
+
+@torch.compiler.assume_constant_result  # a compiled caller sees the answer, not how it was found
+@functools.cache
+def _is_hopper(kernel: str, device_type: str, device: int | None, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether Hopper's kernels are to be used, not the portable ones. ValueError if what is asked for cannot run."""
+    if reason := why_not(device_type, dtype, head_dim):
+        raise ValueError(f"fused_attention: {reason}")
+    if kernel not in ("auto", *HEAD_DIMS):
+        raise ValueError(f"fused_attention: kernel={kernel!r} is unknown; there are: auto, {', '.join(HEAD_DIMS)}")
+    is_hopper = torch.cuda.get_device_capability(device) == (9, 0) and "90a" in kernels.archs.split(";")
+    can = is_hopper and head_dim in HEAD_DIMS["hopper"]
+    if kernel == "hopper" and not can:
+        raise ValueError(
+            "fused_attention: kernel='hopper' needs capability 9.0, a build for 90a, and head dim 64 or 128"
+        )
+    return can and kernel != "portable"
+
+
+def _check_tensors(q, k, v, cu_q, cu_k):
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 3:
+            raise ValueError(f"fused_attention: {name} has shape {tuple(x.shape)}, not (tokens, heads, channels)")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"fused_attention: {name} is {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}")
+    if k.shape != v.shape or k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"fused_attention: shapes differ: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
+    if not k.shape[1] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"fused_attention: {q.shape[1]} query heads are no multiple of {k.shape[1]} key/value heads")
+    for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
+        if cu.ndim != 1 or cu.dtype != torch.int32 or cu.device != q.device or not 0 < len(cu) == len(cu_q):
+            raise ValueError(f"fused_attention: {name} must be (documents + 1,) int32 on {q.device}, as its twin")
+
+
+# ---- the ops
+
+
+@torch.library.custom_op("minitrain::attention_fwd", mutates_args=(), device_types="cuda")
+def attention_fwd(
+    q_THC: Tensor,
+    k_SKC: Tensor,
+    v_SKC: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    look_back: int,
+    look_ahead: int,
+    scale: float,
+    deterministic: bool,  # for the backward
+    hopper: bool,
+) -> tuple[Tensor, Tensor]:
+    """-> out (T, H, C), lse (H, T). See fused_attention."""
+    T, H, C = q_THC.shape
+    out, lse = q_THC.new_empty(T, H, C), q_THC.new_empty(H, T, dtype=torch.float32)
+    if not T or not len(k_SKC):
+        return out.zero_(), lse.fill_(-torch.inf)
+    q, k, v = map(_addressable, (q_THC, k_SKC, v_SKC))
+    shape = _shape(q, k, cu_q, look_back, look_ahead, scale)
+    kernels.attention_forward(
+        shape=shape,
+        plan=make_plan(cu_q, cu_k, shape, _tiles(C, hopper)).data_ptr(),
+        q=_packed(q),
+        k=_packed(k),
+        v=_packed(v),
+        out=out.data_ptr(),
+        lse=lse.data_ptr(),
+        hopper=hopper,
+        device=q.device.index,
+        stream=_stream(q.device),
+    )
+    return out, lse
+
+
+@attention_fwd.register_fake
+def _(q_THC, k_SKC, v_SKC, *_):
+    T, H, C = q_THC.shape
+    return q_THC.new_empty(T, H, C), q_THC.new_empty(H, T, dtype=torch.float32)
+
+
+@torch.library.custom_op("minitrain::attention_bwd", mutates_args=(), device_types="cuda")
+def attention_bwd(
+    d_out_THC: Tensor,
+    d_lse_HT: Tensor | None,
+    q_THC: Tensor,
+    k_SKC: Tensor,
+    v_SKC: Tensor,
+    out_THC: Tensor,
+    lse_HT: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    look_back: int,
+    look_ahead: int,
+    scale: float,
+    deterministic: bool,
+    hopper: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> dq (T, H, C), dk and dv (S, K, C)."""
+    (T, H, C), S = q_THC.shape, len(k_SKC)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q_THC, k_SKC, v_SKC))
+    if not T or not S:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    q, k, v, out, d_out = map(_addressable, (q_THC, k_SKC, v_SKC, out_THC, d_out_THC))
+    d_lse, lse = d_lse_HT if d_lse_HT is None else d_lse_HT.contiguous(), lse_HT.contiguous()
+    shape = _shape(q, k, cu_q, look_back, look_ahead, scale)
+    R = kernels.attention_padded_rows(shape)
+    rows, dq_sum = lse.new_empty(2, H, R), lse.new_empty(H, R, C)
+    turns = cu_q.new_empty(H, R // 64) if deterministic else None
+    kernels.attention_backward(
+        shape=shape,
+        plan=make_plan(cu_q, cu_k, shape, _tiles(C, hopper)).data_ptr(),
+        q=_packed(q),
+        k=_packed(k),
+        v=_packed(v),
+        out=_packed(out),
+        d_out=_packed(d_out),
+        lse=lse.data_ptr(),
+        d_lse=0 if d_lse is None else d_lse.data_ptr(),
+        dq=dq.data_ptr(),
+        dk=dk.data_ptr(),
+        dv=dv.data_ptr(),
+        rows=rows.data_ptr(),
+        dq_sum=dq_sum.data_ptr(),
+        turns=0 if turns is None else turns.data_ptr(),
+        hopper=hopper,
+        device=q.device.index,
+        stream=_stream(q.device),
+    )
+    return dq, dk, dv
+
+
+@attention_bwd.register_fake
+def _(d_out_THC, d_lse_HT, q_THC, k_SKC, v_SKC, *_):
+    return tuple(x.new_empty(x.shape) for x in (q_THC, k_SKC, v_SKC))
+
+
+def _save(ctx, inputs, output):
+    q, k, v, cu_q, cu_k, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_q, cu_k)
+    ctx.set_materialize_grads(False)  # lse is seldom used
+
+
+def _differentiate(ctx, d_out, d_lse):
+    q, *_ = saved = ctx.saved_tensors
+    d_out = torch.zeros_like(q) if d_out is None else d_out
+    grads = torch.ops.minitrain.attention_bwd(d_out, d_lse, *saved, *ctx.options)
+    return *grads, None, None, *(None for _ in ctx.options)
+
+
+attention_fwd.register_autograd(_differentiate, setup_context=_save)
+
+
+# ---- what the kernels are given
+
+
+def _addressable(x: Tensor) -> Tensor:
+    """x itself if the kernels can read it in place, else a copy: channels in a row, all else at multiples of 16 bytes."""
+    steps = [stride for stride, size in zip(x.stride()[:2], x.shape[:2], strict=True) if size > 1]
+    fits = x.stride(2) == 1 and x.data_ptr() % 16 == 0 and all(step > 0 and step % 8 == 0 for step in steps)
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def _packed(x: Tensor):
+    rows, heads = (s if size > 1 else x.shape[2] for s, size in zip(x.stride()[:2], x.shape[:2], strict=True))
+    return kernels.Packed(x.data_ptr(), rows, heads)
+
+
+def _shape(q, k, cu_q, look_back, look_ahead, scale):
+    (T, H, C), (S, K, _) = q.shape, k.shape
+    return kernels.AttentionShape(
+        num_queries=T, num_keys=S, num_documents=len(cu_q) - 1, heads=H, kv_heads=K, head_dim=C,
+        look_back=look_back, look_ahead=look_ahead, scale=scale,
+    )  # fmt: skip
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+@functools.cache
+def _tiles(head_dim: int, hopper: bool) -> tuple[int, int]:
+    return kernels.attention_tiles(head_dim, hopper)
+
+
+# ---- the plan
+
+
+def make_plan(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, shape, tiles: tuple[int, int]) -> Tensor:
+    """The list of work of these documents in tiles of so many queries and keys, int32; kernels/attention.cuh says more.
+
+    Made on the device, without a wait. A tensor with an attribute `plans`, a dict, keeps it there: all layers and both
+    passes of a batch share one. Batch gives its cu_seqlens that attribute. The plan is made anew after they were written
+    to, on another stream, and in every capture of a CUDA graph, whose replays may see other documents.
+    """
+    device, stream = cu_seqlens_q.device, _stream(cu_seqlens_q.device)
+    plans = getattr(cu_seqlens_q, "plans", {})
+    versions = 0 if cu_seqlens_q.is_inference() else (cu_seqlens_q._version, cu_seqlens_k._version)
+    sizes = shape.num_queries, shape.num_keys, shape.heads, shape.kv_heads
+    key = (versions, cu_seqlens_k.data_ptr(), sizes, tiles, stream, kernels.capture_id(stream))
+    if key not in plans:
+        cu_q, cu_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+        plan = cu_q.new_empty(kernels.attention_plan_ints(shape, tiles))
+        kernels.attention_plan(shape, tiles, cu_q.data_ptr(), cu_k.data_ptr(), plan.data_ptr(), device.index, stream)
+        plans[key] = plan, cu_seqlens_k  # kept, so that no other tensor takes its place in memory
+    return plans[key][0]

@@ -1,0 +1,299 @@
+"""The plan of the attention kernels and their masks: attention_plan.cu and attention.cuh, compiled for the host.
+
+No GPU is needed; one test asks the GPU for the same plans. What the kernels do with them: test_fused_attention.py.
+"""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minitrain.fused_attention import make_plan
+
+ROOT = Path(__file__).resolve().parent.parent
+
+HEADS = (4, 2)  # of queries, of keys
+HARNESS = r"""
+#include "plan.cpp"
+using namespace minitrain;
+namespace {
+AttentionShape shape_of(int T, int S, int N) {
+    AttentionShape shape{};
+    shape.num_queries = T, shape.num_keys = S, shape.num_documents = N, shape.heads = 4, shape.kv_heads = 2;
+    return shape;
+}
+}  // namespace
+extern "C" {
+int unbounded() { return kUnbounded; }
+int64_t plan_ints(int T, int S, int N, int queries, int keys) {
+    return attention_plan_ints(shape_of(T, S, N), {queries, keys});
+}
+void plan(int T, int S, int N, int queries, int keys, const int* cu_q, const int* cu_k, int* out) {
+    attention_plan(shape_of(T, S, N), {queries, keys}, cu_q, cu_k, out, 0, nullptr);
+}
+// Where its lists begin.
+void plan_offsets(int T, int S, int N, int queries, int keys, int* plan, int* out) {
+    const Plan p(plan, shape_of(T, S, N), {queries, keys});
+    const void* lists[] = {p.documents, p.query_items, p.key_items};
+    for (int i = 0; i < 3; ++i) out[i] = static_cast<const int*>(lists[i]) - plan;
+}
+void blocks(int back, int ahead, int first, int last, int keys, int block, int* out) {
+    const Band band{back, ahead};
+    const auto seen = band.blocks_seen(first, last, keys, block), whole = band.blocks_whole(first, last, keys, block);
+    out[0] = seen.begin, out[1] = seen.end, out[2] = whole.begin, out[3] = whole.end;
+}
+void keys_of(int back, int ahead, int place, int keys, int* out) {
+    const auto range = Band{back, ahead}.keys(place, keys);
+    out[0] = range.begin, out[1] = range.begin + range.size();
+}
+int64_t padded_rows(int T, int N) { return attention_padded_rows(shape_of(T, 0, N)); }
+int padded_begin_of(int q_begin, int index) { return padded_begin(Document{q_begin, 0, 0, 0}, index); }
+}
+"""
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory):
+    """attention.cuh and attention_plan.cu, compiled for the host."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("host")
+    source = (ROOT / "kernels/attention_plan.cu").read_text()
+    source, launches = re.subn(r"(\w+)<<<([^>]*)>>>\(", r"Launch{\2}(\1, ", source)
+    assert launches == 1
+    (folder / "plan.cpp").write_text(source)
+    (folder / "harness.cpp").write_text(HARNESS)
+    (folder / "sm80.cuh").write_text("constexpr minitrain::AttentionTiles attention_tiles_sm80(int) { return {}; }")
+    for name in ("cuda_runtime.h", "cuda_runtime_api.h"):
+        (folder / name).write_text('#include "cuda_on_the_host.h"\n')
+    includes = [f"-I{path}" for path in (folder, ROOT / "tests", ROOT / "kernels")]
+    command = [compiler, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *includes]
+    done = subprocess.run(
+        [*command, str(folder / "harness.cpp"), "-o", str(folder / "host.so")], text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    library = ctypes.CDLL(str(folder / "host.so"))
+    library.plan_ints.restype = library.padded_rows.restype = ctypes.c_int64
+    return library
+
+
+def ints(values):
+    return (ctypes.c_int * len(values))(*values)
+
+
+def plan_on_the_host(host, cu_q, cu_k, T, S, tiles):
+    """-> the plan, a list; fails if anything was written around it."""
+    sizes = (T, S, len(cu_q) - 1, *tiles)
+    size, guard = host.plan_ints(*sizes), 4096
+    memory = ints([-7] * (size + 2 * guard))
+    plan = ctypes.byref(memory, 4 * guard)
+    host.plan(*sizes, ints(cu_q), ints(cu_k), plan)
+    memory = list(memory)
+    assert set(memory[:guard] + memory[-guard:]) == {-7}, "written outside of the plan"
+    return memory[guard:-guard]
+
+
+def items_of(plan, N, rows, tiles):
+    """The two lists of {document, tile, head}."""
+    offset = 16 + 4 * (N + 1)
+    for which in (0, 1):
+        yield [tuple(plan[offset + 3 * i : offset + 3 * i + 3]) for i in range(plan[which])]
+        offset += 3 * HEADS[which] * (rows[which] // tiles[which] + N + 1)
+    assert offset == len(plan)
+
+
+def assert_waves(items, counts, which, processors):
+    """Waves of whole (document, head)s with enough work for all processors; the most work first in each."""
+    work = [counts[i] - t if which else t + 1 for i, t, _ in items]  # blocks, under a causal mask
+    ends = [k for k in range(1, len(work)) if work[k] > work[k - 1]]
+    waves = [(items[a:b], sum(work[a:b])) for a, b in zip([0, *ends], [*ends, len(items)], strict=True)]
+    seen = set()
+    for wave, _ in waves:
+        heads = {(i, head) for i, _, head in wave}
+        assert not heads & seen, "a document's head in two waves"
+        seen |= heads
+    longest = max(work, default=0)
+    if len(waves) > 1:  # as even as whole heads allow; where one wave begins is not seen if it goes on with less work
+        assert all(amount >= processors * longest - longest * (longest + 1) // 2 for _, amount in waves)
+    enough_for = sum(work) // max(1, processors * longest)
+    assert (len(waves) > 1) == (enough_for > 1) and len(waves) <= max(1, enough_for)
+
+
+def assert_plan_is_right(plan, cu_q, cu_k, T, S, tiles, processors=132):
+    """Every tile of every document and head once, in waves, and as documents the rows of cu_seqlens."""
+    N = len(cu_q) - 1
+    documents = [tuple(plan[16 + 4 * i : 20 + 4 * i]) for i in range(N + 1)]
+    ends = zip([*cu_q, T], [*cu_k, S], strict=True)
+    begin_q, begin_k = next(ends)
+    for i, (end_q, end_k) in enumerate(ends):
+        assert documents[i] == (begin_q, end_q - begin_q, begin_k, end_k - begin_k)
+        begin_q, begin_k = end_q, end_k
+    for which, items in enumerate(items_of(plan, N, (T, S), tiles)):
+        counts = [(document[1 + 2 * which] + tiles[which] - 1) // tiles[which] for document in documents]
+        every = [(i, t, head) for i, n in enumerate(counts) for t in range(n) for head in range(HEADS[which])]
+        assert sorted(items) == every
+        assert_waves(items, counts, which, processors)
+    assert plan[2:4] == [0, 0]  # the counters
+
+
+PLANS = {  # lengths of queries, of keys (None: the same), rows unused
+    "one document": ([1000], None, 0),
+    "around tiles": ([0, 1, 63, 64, 65, 127, 128, 129, 175, 176, 177, 0], None, 0),
+    "more and fewer keys": ([1, 300, 0, 129, 200], [300, 1, 7, 0, 256], 0),
+    "rows unused": ([100, 0, 200], None, 500),
+    "all empty": ([0, 0, 0], None, 70),
+    "no documents": ([], None, 70),
+    "nothing at all": ([], None, 0),
+    "1,500 documents of three": ([3] * 1500, None, 5),
+    "padded by repeats": ([500, 20, *[0] * 2000], None, 0),
+    "one very long": ([20, 40_000, 3], None, 0),
+}
+PLANS["several waves"] = ([4000, 3000, 100, 4000] * 20, None, 0)
+plans = pytest.mark.parametrize("lengths, keys, unused", PLANS.values(), ids=PLANS)
+
+
+def plan_inputs(lengths, keys, unused):
+    cu_q, cu_k = ([*accumulate(x, initial=0)] for x in (lengths, lengths if keys is None else keys))
+    return cu_q, cu_k, cu_q[-1] + unused, cu_k[-1] + unused
+
+
+@plans
+def test_the_plan_lists_every_tile_once_in_waves(host, lengths, keys, unused):
+    cu_q, cu_k, T, S = plan_inputs(lengths, keys, unused)
+    tiles = (64, 176)
+    plan = plan_on_the_host(host, cu_q, cu_k, T, S, tiles)
+    assert_plan_is_right(plan, cu_q, cu_k, T, S, tiles)
+    offsets, N = ints([0] * 3), len(lengths)
+    host.plan_offsets(T, S, N, *tiles, ints(plan), offsets)
+    begin = 16 + 4 * (N + 1)
+    assert list(offsets) == [16, begin, begin + 3 * HEADS[0] * (T // tiles[0] + N + 1)]  # where items_of reads
+
+
+@pytest.mark.gpu
+@plans
+def test_the_plan_of_the_gpu_lists_every_tile_once_in_waves(lengths, keys, unused):
+    kernels = pytest.importorskip("minitrain.kernels", reason="the CUDA extension is not built")
+    cu_q, cu_k, T, S = plan_inputs(lengths, keys, unused)
+    for tiles in [(128, 128), (64, 176)]:
+        on_device = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in (cu_q, cu_k))
+        shape = kernels.AttentionShape(
+            num_queries=T, num_keys=S, num_documents=len(lengths), heads=HEADS[0], kv_heads=HEADS[1], head_dim=64,
+            look_back=0, look_ahead=0, scale=1.0,
+        )  # fmt: skip
+        processors = torch.cuda.get_device_properties(0).multi_processor_count
+        assert_plan_is_right(make_plan(*on_device, shape, tiles).tolist(), cu_q, cu_k, T, S, tiles, processors)
+
+
+@pytest.mark.parametrize(
+    "cu_q",
+    [[0, 1000] * 20, [1000, 0] * 20, [0, 500, 2000, 2**31 - 1], [-5, -3, 10], [-(2**31), 2**31 - 1, 7], [900, 20, 800]],
+)
+def test_the_plan_of_nonsense_stays_within_the_rows_and_its_memory(host, cu_q):
+    """cu_seqlens that decrease or exceed the rows are not refused, which would need a wait: they must do no harm."""
+    T, N = 1000, len(cu_q) - 1
+    plan = plan_on_the_host(host, cu_q, cu_q, T, T, (64, 64))
+    documents = [plan[16 + 4 * i : 20 + 4 * i] for i in range(N + 1)]
+    assert all(begin >= 0 and size >= 0 and begin + size <= T for d in documents for begin, size in (d[:2], d[2:]))
+    assert all(plan[which] <= HEADS[which] * (T // 64 + N + 1) for which in (0, 1))
+    for which, items in enumerate(items_of(plan, N, (T, T), (64, 64))):
+        for document, tile, head in items:
+            assert 0 <= document <= N and 0 <= 64 * tile < documents[document][1 + 2 * which]
+            assert 0 <= head < HEADS[which]
+
+
+def bands(host):
+    everything = host.unbounded()
+    return {
+        "causal": (everything, 0),
+        "full": (everything, everything),
+        **{f"window {w}": (w, 0) for w in (0, 1, 64, 100, 1024)},
+    }
+
+
+def assert_blocks_are_right(host, band, seen, tile, block):
+    """Of each tile of rows: the blocks of columns that hold something that is seen, and those that are seen whole."""
+    n, m = seen.shape
+    covered = torch.zeros_like(seen, dtype=torch.int32)
+    out = ints([0] * 4)
+    for begin in range(0, n, tile):
+        end = min(begin + tile, n)
+        host.blocks(*band, begin + m - n, end - 1 + m - n, m, block, out)
+        rows = seen[begin:end]
+        some = F.pad(rows.any(0), (0, -m % block)).view(-1, block).any(1).nonzero().flatten().tolist()
+        whole = rows.all(0)[: m // block * block].view(-1, block).all(1).nonzero().flatten().tolist()
+        assert list(range(out[0], out[1])) == some, f"rows {begin}:{end} of {n}, {m} columns"
+        assert list(range(out[2], out[3])) == whole, f"rows {begin}:{end} of {n}, {m} columns"
+        covered[begin:end, out[0] * block : out[1] * block] += 1
+    assert (covered[seen] == 1).all() and (covered <= 1).all()
+
+
+@pytest.mark.parametrize("tile, block", [(64, 64), (64, 128), (128, 64), (128, 128), (128, 176), (192, 80), (128, 112)])
+def test_tiles_and_blocks_cover_what_is_seen_once_and_nothing_else(host, tile, block):
+    """Forward: tiles of queries, blocks of keys. Backward: tiles of keys, blocks of queries, the band turned round."""
+    square = [(n, n) for n in (1, 63, 64, 65, 128, 129, 177, 500)]
+    for n, m in [*square, (1, 300), (300, 1), (64, 200), (200, 64), (129, 400), (400, 129), (5, 0), (0, 5)]:
+        for name, (back, ahead) in bands(host).items():
+            distance = torch.arange(n)[:, None] + m - n - torch.arange(m)
+            seen = (distance <= back) & (-distance <= ahead)
+            if name == "causal":
+                assert seen.equal(torch.ones(n, m, dtype=torch.bool).tril(m - n))
+            assert_blocks_are_right(host, (back, ahead), seen, tile, block)
+            assert_blocks_are_right(host, (ahead, back), seen.T, tile, block)
+            out = ints([0, 0])
+            for i in range(0, n, 7):
+                host.keys_of(back, ahead, i + m - n, m, out)
+                assert list(range(*out)) == seen[i].nonzero().flatten().tolist()
+
+
+@plans
+def test_rows_of_the_workspaces_belong_to_one_document(host, lengths, keys, unused):
+    cu, _, T, _ = plan_inputs(lengths, keys, unused)
+    end = 0
+    for i, (begin, after) in enumerate(zip(cu, [*cu[1:], T], strict=True)):
+        first = host.padded_begin_of(begin, i)
+        assert first % 64 == 0 and first >= end
+        end = first + (after - begin + 63) // 64 * 64
+    assert end <= host.padded_rows(T, len(lengths))
+
+
+# ---- which thread holds what: the layouts that the kernels rely on, from the PTX manual
+
+
+def accumulator(thread, register):
+    """Row and column of a register of wgmma's m64 accumulator; of mma's m16n8 with 32 threads."""
+    return 16 * (
+        thread // 32
+    ) + thread % 32 // 4 + register // 2 % 2 * 8, register // 4 * 8 + thread % 4 * 2 + register % 2
+
+
+def test_accumulators_hold_each_element_once_and_are_the_next_products_operand():
+    for N in (64, 128, 176):
+        held = {accumulator(t, r) for t in range(128) for r in range(N // 2)}
+        assert held == {(row, col) for row in range(64) for col in range(N)}
+    for t in range(128):
+        row, col = 16 * (t // 32) + t % 32 // 4, t % 4 * 2
+        for k in range(0, 64, 16):  # A of m64k16: pairs at (g, k), (g + 8, k), (g, k + 8), (g + 8, k + 8)
+            operand = [(row + 8 * (i % 2), k + col + 8 * (i // 2) + e) for i in range(4) for e in (0, 1)]
+            assert operand == [accumulator(t, k // 2 + r) for r in range(8)]
+
+
+def test_the_fragment_order_of_dq_holds_each_element_once():
+    """float4 j of thread t of half w lies at (w * C / 16 + j) * 128 + t: what one thread writes as it holds it."""
+    for C in (64, 128):
+        places = {}
+        for w in range(2):
+            for j in range(C // 16):
+                for t in range(128):
+                    for e in range(4):
+                        row, col = 16 * (t // 32) + t % 32 // 4 + e // 2 * 8, C // 2 * w + 8 * j + 2 * (t % 4) + e % 2
+                        assert (row, col - C // 2 * w) == accumulator(t, 4 * j + e)
+                        places[row, col] = 4 * ((w * C // 16 + j) * 128 + t) + e
+        assert sorted(places) == [(row, col) for row in range(64) for col in range(C)]
+        assert sorted(places.values()) == list(range(64 * C))
