@@ -101,9 +101,10 @@ __device__ inline int padded_begin(const Document& doc, int index) {
     return (doc.q_begin + index * kQueryBlock) / kQueryBlock * kQueryBlock;
 }
 
-// First step of a backward: fills args.rows and sets dq_sum and turns to 0, for the kernel that follows on the stream.
+// First step of a backward: fills args.rows, sets turns and, if asked, dq_sum to 0, for the kernel that follows.
 //   rows[h][r]      lse * log2(e), so that P = exp2(score * log2(e) - it); +inf where P is 0: padding, no visible key
 //   rows[H + h][r]  D = sum over channels of d_out * out, minus d_lse, so that dS = P * (dP - D); 0 in the padding
-void attention_prepare(const AttentionBackward& args, AttentionTiles tile, int device, cudaStream_t stream);
+void attention_prepare(const AttentionBackward& args, AttentionTiles tile, bool clear_dq_sum, int device,
+                       cudaStream_t stream);
 
 }  // namespace minitrain

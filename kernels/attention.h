@@ -54,8 +54,9 @@ struct AttentionBackward {
     void *dq, *dk, *dv;  // (T, H, C) and twice (S, K, C) bf16; rows outside of all documents become 0
     // Workspaces, uninitialised; R = attention_padded_rows.
     float* rows;     // (2, H, R)
-    float* dq_sum;   // (H, R, C)
-    int* turns;      // (H, R / 64): with it dq is summed in a fixed order; null: in any order
+    float* dq_sum;  // (H, R, C)
+    int* turns;     // (H, R / 64)
+    bool deterministic;  // dq is summed in a fixed order; else in any
 };
 
 // Hopper's kernels (sm_90a) take head_dim 64 and 128, the portable ones (sm_80 and later) also 96, 192 and 256.

@@ -16,7 +16,7 @@
 // dS in registers, but each would read all of Q and dO: 344 KB.
 //
 // dq_sum is in the order of the accumulators, [padded row / 16][channel / 8][element e][lane], so that a warp adds to
-// 128 bytes in a row. In any order; or, with `turns`, tiles of keys from the last to the first: each waits until all
+// 128 bytes in a row. In any order; or, if deterministic, tiles of keys from the last to the first: each waits until all
 // later ones that see the queries have added. To have those running or done, CTAs then take the plan's list from its
 // end: CTAs start in the order of their numbers.
 
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(Backward<C, kStages>::kThreads, 8 / Backward<C
     const Band band = {shape.look_back, shape.look_ahead};
 
     if (threadIdx.x == 0) {
-        const Item item = plan.key_items[args.turns ? num_items - 1 - blockIdx.x : blockIdx.x];
+        const Item item = plan.key_items[args.deterministic ? num_items - 1 - blockIdx.x : blockIdx.x];
         Document doc = plan.documents[item.document];
         if (item.document == shape.num_documents) doc.q_len = 0;  // nothing sees rows outside of all documents
         const Band::Range rows = queries_seeing(band, doc, item.tile, B::kKeys);
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(Backward<C, kStages>::kThreads, 8 / Backward<C
             dq, Operand<B::kQueries, B::kSumQueries, Role::A_transposed>(base + B::kDS, 0, sum_query),
             Operand<C, B::kSumCols, Role::B_transposed>(base, 0, sum_col));
         const int64_t padded = int64_t(head) * padded_rows + work.padded + row;
-        if (args.turns && row % kQueryBlock == 0) {
+        if (args.deterministic && row % kQueryBlock == 0) {
             if (threadIdx.x == 0) {
                 const int place = row + work.doc.k_len - work.doc.q_len;
                 const int last_place = min(place + kQueryBlock, work.doc.k_len) - 1;
@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(Backward<C, kStages>::kThreads, 8 / Backward<C
             __syncthreads();  // it is our turn
         }
         add_accumulators<C>(args.dq_sum + (padded + sum_query) * C + sum_col * 16, dq);
-        if (args.turns && (row + B::kQueries) % kQueryBlock == 0) {
+        if (args.deterministic && (row + B::kQueries) % kQueryBlock == 0) {
             __syncthreads();  // everybody has added
             if (threadIdx.x == 0) {
                 __threadfence();  // and the next CTA's additions come after it
@@ -322,7 +322,7 @@ void launch_main(const AttentionBackward& args, cudaStream_t stream) {
 template <int C>
 void launch(const AttentionBackward& args, int device, cudaStream_t stream) {
     const AttentionShape& shape = args.shape;
-    attention_prepare(args, attention_tiles_sm80(C), device, stream);
+    attention_prepare(args, attention_tiles_sm80(C), true, device, stream);
     if constexpr (C == 128) {
         // Two stages where two CTAs fit on an SM with them: not in the 163 KB of sm_80; one CTA does not in 99 KB.
         int shared_bytes = 0;

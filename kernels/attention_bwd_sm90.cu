@@ -2,9 +2,8 @@
 //
 //   warpgroup 0, warp 0          adds dQ of a block to its sum in global memory
 //                warp 1          takes the next tile of keys, loads K and V
-//                warps 2 and 3   load Q and dO of each block of 64 queries that sees it, from the last to the first, and
-//                                of each query head of the group: CTAs that start together stay together, and find in L2
-//                                what the others have read
+//                warps 2 and 3   load Q and dO of each block of 64 queries that sees it, and of each query head of the
+//                                group
 //   warpgroups 1 and 2           64 keys each: S^T = K Q^T, dP^T = V dO^T, P^T and dS^T in registers,
 //                                dV += P^T dO, dK += dS^T Q; dS goes to shared memory, and dQ = dS K with half the channels
 //                                each
@@ -51,7 +50,8 @@ struct Arguments {
     int padded_rows;
     const float* rows;
     float* dq_sum;
-    int* turns;  // or null
+    int* turns;
+    bool deterministic;
     __nv_bfloat16 *dk, *dv;
 };
 
@@ -99,6 +99,12 @@ __device__ void load_keys(Shared<C>& shared, const Arguments& args, const CUtens
     }
 }
 
+// Blocks of queries come from the first to the last: tiles that start together then add to different blocks. Where they take
+// turns at each block they must start at the same one, the last, which all of them see under a causal mask.
+__device__ int nth_block(const Tile& tile, int n, const Arguments& args) {
+    return args.deterministic ? tile.seeing.end - 1 - n : tile.seeing.begin + n;
+}
+
 // One thread: loads blocks of Q with lse, or of dO with D.
 template <int C>
 __device__ void load_queries(Shared<C>& shared, const Arguments& args, const CUtensorMap* map, const float* vector,
@@ -111,7 +117,8 @@ __device__ void load_queries(Shared<C>& shared, const Arguments& args, const CUt
         if (tile.kv_head < 0) break;
         const int first_head = tile.kv_head * args.group;
 #pragma unroll 1
-        for (int block = tile.seeing.end - 1; block >= tile.seeing.begin; --block) {
+        for (int n = 0; n < tile.seeing.size(); ++n) {
+            const int block = nth_block(tile, n, args);
 #pragma unroll 1
             for (int head = first_head; head < first_head + args.group; ++head, ring.next()) {
                 const int s = ring.stage();
@@ -125,17 +132,33 @@ __device__ void load_queries(Shared<C>& shared, const Arguments& args, const CUt
     }
 }
 
-// Turns: tiles of keys add to a block of queries one after the other, the first keys first. A counter says how many have.
-// They are also taken in this order, so that a CTA waits only for such as run already.
-__device__ void wait_for_turn(const int* turn, int predecessors) {
+// dQ of a block of queries is summed by whoever has a part of it. The first part is stored, the others are added, so that
+// nobody has to clear the sum. A number in global memory, 0 before the launch, says how far a block is:
+//   deterministic   how many tiles of keys have added; each waits for those with earlier keys, which were taken earlier
+//   otherwise       kClaimed: somebody is about to store; kStored: others may add
+constexpr int kClaimed = 1, kStored = 2;
+
+__device__ int read_turn(const int* turn) {
     int now;
-    do {
-        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(turn) : "memory");
-    } while (now != predecessors);
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(turn) : "memory");
+    return now;
 }
 __device__ void end_turn(int* turn) { asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory"); }
 
-// One warp: what the consumers left in shared.dq is added to the sum in global memory, by its first lane.
+// Waits until this part may go to the sum. -> whether it is the first.
+__device__ bool wait_for_turn(int* turn, const Tile& tile, int block, const Arguments& args) {
+    if (args.deterministic) {
+        const int begin = block * kQueries + tile.doc.k_len - tile.doc.q_len - args.shape.look_back;
+        const int predecessors = tile.first_key / kKeys - max(0, begin) / kKeys;  // among the keys that the block sees
+        while (read_turn(turn) != predecessors) continue;
+        return predecessors == 0;
+    }
+    if (read_turn(turn) == 0 && atomicCAS(turn, 0, kClaimed) == 0) return true;
+    while (read_turn(turn) != kStored) continue;
+    return false;
+}
+
+// One warp: what the consumers left in shared.dq goes to the sum in global memory, by its first lane.
 template <int C>
 __device__ void add_dq(Shared<C>& shared, const Arguments& args) {
     const int lane = threadIdx.x % 32;
@@ -145,19 +168,17 @@ __device__ void add_dq(Shared<C>& shared, const Arguments& args) {
         const Tile& tile = shared.tile[tiles.stage()];
         if (tile.kv_head < 0) break;
         int* last_turn = nullptr;
-        for (int block = tile.seeing.end - 1; block >= tile.seeing.begin; --block) {
+        for (int n = 0; n < tile.seeing.size(); ++n) {
+            const int block = nth_block(tile, n, args);
             for (int head = tile.kv_head * args.group; head < (tile.kv_head + 1) * args.group; ++head) {
                 const int padded = padded_row(tile, block, head, args);
                 float* sum = args.dq_sum + int64_t(padded) * C;
-                if (args.turns && lane == 0) {  // after all tiles of keys before this one that the block sees
-                    const int begin = block * kQueries + tile.doc.k_len - tile.doc.q_len - args.shape.look_back;
-                    wait_for_turn(args.turns + padded / kQueries, (tile.first_key - max(0, begin) / kKeys * kKeys) / kKeys);
-                }
+                int* turn = args.turns + padded / kQueries;
+                const bool is_first = lane == 0 && wait_for_turn(turn, tile, block, args);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     barrier_sync(kDqWritten + half, 160);
-                    if (lane == 0) reduce_add(sum + half * kQueries * C / 2, shared.dq[half], sizeof shared.dq[half]);
-                    if (lane == 0) commit_bulk();
+                    if (lane == 0) write_sum(sum + half * kQueries * C / 2, shared.dq[half], sizeof shared.dq[half], is_first);
                 }
                 if (lane == 0) wait_bulk_read<1>();
                 __syncwarp();
@@ -165,10 +186,13 @@ __device__ void add_dq(Shared<C>& shared, const Arguments& args) {
                 if (lane == 0) wait_bulk_read<0>();
                 __syncwarp();
                 barrier_arrive(kDqRead + 1, 160);
-                if (args.turns && lane == 0) {  // the block before this one has had time to arrive in memory
+                if (args.deterministic && lane == 0) {  // end the turn before, which has had time to arrive in memory
                     wait_bulk<2>();
                     if (last_turn) end_turn(last_turn);
-                    last_turn = args.turns + padded / kQueries;
+                    last_turn = turn;
+                } else if (is_first) {
+                    wait_bulk<0>();
+                    end_turn(turn);  // kClaimed becomes kStored
                 }
             }
         }
@@ -273,7 +297,8 @@ struct Consumer {
     __device__ __forceinline__ void attend(const Tile& tile) {
         const int num_steps = tile.seeing.size() * args.group;
         const int tail_block = tile.doc.q_len / kQueries;  // ends behind the document, if it is there at all
-        int block = tile.seeing.end - 1, head = 0;
+        const int next_block = args.deterministic ? -1 : 1;  // see nth_block
+        int block = nth_block(tile, 0, args), head = 0;
         float s[kQueries / 2];
         wait_for_q(tile, block == tail_block);
         issue_scores(s, shared.k, shared.q[ring.stage()]);
@@ -302,7 +327,7 @@ struct Consumer {
             release(shared.d_out_empty[stage]);
             issue_gradient(dk, ds16, shared.q[stage]);
             ring.next();
-            if (++head == args.group) head = 0, --block;
+            if (++head == args.group) head = 0, block += next_block;
             if (left > 0) wait_for_q(tile, block == tail_block);
             // NOTE: behind the last block too, where nobody reads s: the assembler makes every wgmma wait if one of them
             // stands under a condition.
@@ -458,11 +483,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 constexpr int kBlocksOfTile = kHopperTiles.queries / kQueries;  // blocks of queries in an item of the plan
 
-// dq = scale * its sum, a block of 64 queries of one head by each CTA of 128 threads. Thread t finds in float4 j of half w
+// dq = scale * its sum, or 0 where there is none; a block of 64 queries of one head by each CTA of 128 threads. Thread t finds in float4 j of half w
 // what thread t of warpgroup w had in registers 4 j ..: rows 16 * (t / 32) + t % 32 / 4 (+ 8), two columns of each.
 template <int C>
 __global__ void __launch_bounds__(128)
-    finish_kernel(AttentionShape shape, int* plan_ints, int padded_rows, const float* dq_sum, __nv_bfloat16* dq) {
+    finish_kernel(AttentionShape shape, int* plan_ints, int padded_rows, const float* dq_sum, const int* turns,
+                  __nv_bfloat16* dq) {
     const Plan plan(plan_ints, shape, kHopperTiles);
     if (blockIdx.x / kBlocksOfTile >= plan.num_query_items()) return;
     const Item item = plan.query_items[blockIdx.x / kBlocksOfTile];
@@ -471,6 +497,7 @@ __global__ void __launch_bounds__(128)
     if (block * kQueries >= doc.q_len) return;
     const int64_t padded = int64_t(head) * padded_rows + padded_begin(doc, item.document) + block * kQueries;
     const float4* sum = reinterpret_cast<const float4*>(dq_sum + padded * C) + t;
+    const bool is_written = turns[padded / kQueries] > 0;  // else no key is seen
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -478,7 +505,7 @@ __global__ void __launch_bounds__(128)
             uint32_t pairs[2][4];
 #pragma unroll
             for (int g = 0; g < 4; ++g) {
-                const float4 x = sum[half * kQueries * C / 8 + (j + g) * 128];
+                const float4 x = is_written ? sum[half * kQueries * C / 8 + (j + g) * 128] : float4{};
                 pairs[0][g] = pack_bf16(x.x * shape.scale, x.y * shape.scale);
                 pairs[1][g] = pack_bf16(x.z * shape.scale, x.w * shape.scale);
             }
@@ -499,7 +526,7 @@ void launch(const AttentionBackward& args, int device, cudaStream_t stream) {
     const AttentionShape* s = &shape;
     int* plan = const_cast<int*>(args.plan);
     const int padded_rows = static_cast<int>(attention_padded_rows(shape));
-    const Arguments arguments = {shape, plan, shape.heads / shape.kv_heads, padded_rows, args.rows, args.dq_sum, args.turns,
+    const Arguments arguments = {shape, plan, shape.heads / shape.kv_heads, padded_rows, args.rows, args.dq_sum, args.turns, args.deterministic,
                                  static_cast<__nv_bfloat16*>(args.dk), static_cast<__nv_bfloat16*>(args.dv)};
     constexpr int kBytes = sizeof(Shared<C>);
     check(cudaFuncSetAttribute(backward_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
@@ -509,7 +536,7 @@ void launch(const AttentionBackward& args, int device, cudaStream_t stream) {
         tensor_map(args.v, s->num_keys, s->kv_heads, C, kKeys),
         tensor_map(args.d_out, s->num_queries, s->heads, C, kQueries), arguments);
     const int grid = Plan::max_query_items(shape, kHopperTiles) * kBlocksOfTile;
-    finish_kernel<C><<<grid, 128, 0, stream>>>(shape, plan, padded_rows, args.dq_sum,
+    finish_kernel<C><<<grid, 128, 0, stream>>>(shape, plan, padded_rows, args.dq_sum, args.turns,
                                                static_cast<__nv_bfloat16*>(args.dq));
     check(cudaGetLastError(), "attention_backward_sm90",
           {{"queries", shape.num_queries}, {"keys", shape.num_keys}, {"heads", shape.heads},
@@ -520,7 +547,7 @@ void launch(const AttentionBackward& args, int device, cudaStream_t stream) {
 
 void attention_backward_sm90(const AttentionBackward& args, int device, cudaStream_t stream) {
     const OnDevice guard(device);
-    attention_prepare(args, kHopperTiles, device, stream);
+    attention_prepare(args, kHopperTiles, false, device, stream);
     switch (args.shape.head_dim) {
         case 64: return launch<64>(args, device, stream);
         case 128: return launch<128>(args, device, stream);

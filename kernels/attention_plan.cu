@@ -11,7 +11,7 @@
 namespace minitrain {
 namespace {
 
-constexpr int kThreads = 1024;
+constexpr int kThreads = 512;
 constexpr int kMaxWaves = 64;
 constexpr int kMaxTiles = 8192;  // of a document
 constexpr int kTilesOfThread = kMaxTiles / kThreads;

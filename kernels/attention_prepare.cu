@@ -1,7 +1,7 @@
 // The first step of a backward: what it needs of each query, and sums that begin at 0. See attention.cuh.
 //
 // One CTA for a tile of queries and a head; 8 threads share a row, so that each reads 16 bytes beside its neighbour's.
-// Bound: memory. It reads out and d_out once and writes the fp32 zeros of dq_sum.
+// Bound: memory. It reads out and d_out once, and writes the fp32 zeros of dq_sum if it must.
 
 #include <cuda_bf16.h>
 
@@ -28,7 +28,7 @@ __device__ float dot(uint4 a, uint4 b) {  // of 8 bf16
     return sum;
 }
 
-__global__ void __launch_bounds__(kThreads) prepare_kernel(const AttentionBackward args, AttentionTiles tile, int64_t R) {
+__global__ void __launch_bounds__(kThreads) prepare_kernel(const AttentionBackward args, AttentionTiles tile, bool clear_dq_sum, int64_t R) {
     const AttentionShape& shape = args.shape;
     const Plan plan(const_cast<int*>(args.plan), shape, tile);
     if (blockIdx.x >= plan.num_query_items()) return;
@@ -40,9 +40,11 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const AttentionBackwa
     const int rows = min(tile.queries, padded_len - begin);
     const int64_t padded = head * R + padded_begin(doc, item.document) + begin;
 
-    float4* sums = reinterpret_cast<float4*>(args.dq_sum + padded * C);
-    for (int i = threadIdx.x; i < rows * C / 4; i += kThreads) sums[i] = float4{0.0f, 0.0f, 0.0f, 0.0f};
-    if (args.turns && threadIdx.x < rows / kQueryBlock) args.turns[padded / kQueryBlock + threadIdx.x] = 0;
+    if (clear_dq_sum) {
+        float4* sums = reinterpret_cast<float4*>(args.dq_sum + padded * C);
+        for (int i = threadIdx.x; i < rows * C / 4; i += kThreads) sums[i] = float4{0.0f, 0.0f, 0.0f, 0.0f};
+    }
+    if (threadIdx.x < rows / kQueryBlock) args.turns[padded / kQueryBlock + threadIdx.x] = 0;
 
     const int lane = threadIdx.x % kLanes;
     for (int i = threadIdx.x / kLanes; i < rows; i += kThreads / kLanes) {
@@ -70,11 +72,12 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const AttentionBackwa
 
 }  // namespace
 
-void attention_prepare(const AttentionBackward& args, AttentionTiles tile, int device, cudaStream_t stream) {
+void attention_prepare(const AttentionBackward& args, AttentionTiles tile, bool clear_dq_sum, int device,
+                       cudaStream_t stream) {
     const AttentionShape& shape = args.shape;
     const OnDevice guard(device);
     const int grid = Plan::max_query_items(shape, tile);
-    prepare_kernel<<<grid, kThreads, 0, stream>>>(args, tile, attention_padded_rows(shape));
+    prepare_kernel<<<grid, kThreads, 0, stream>>>(args, tile, clear_dq_sum, attention_padded_rows(shape));
     check(cudaGetLastError(), "attention_prepare",
           {{"queries", shape.num_queries}, {"heads", shape.heads}, {"head_dim", shape.head_dim}});
 }

@@ -106,11 +106,11 @@ PYBIND11_MODULE(kernels, m) {
         "attention_backward",
         [](const AttentionShape& shape, uintptr_t plan, Packed q, Packed k, Packed v, Packed out, Packed d_out,
            uintptr_t lse, uintptr_t d_lse, uintptr_t dq, uintptr_t dk, uintptr_t dv, uintptr_t rows, uintptr_t dq_sum,
-           uintptr_t turns, bool hopper, int device, uintptr_t stream) {
+           uintptr_t turns, bool deterministic, bool hopper, int device, uintptr_t stream) {
             const minitrain::AttentionBackward args = {
                 shape, pointer<int>(plan), q, k, v, out, d_out, pointer<float>(lse), pointer<float>(d_lse),
                 pointer<void>(dq), pointer<void>(dk), pointer<void>(dv), pointer<float>(rows), pointer<float>(dq_sum),
-                pointer<int>(turns)};
+                pointer<int>(turns), deterministic};
 #if MINITRAIN_SM90
             if (hopper) return minitrain::attention_backward_sm90(args, device, stream_of(stream));
 #endif
@@ -119,5 +119,5 @@ PYBIND11_MODULE(kernels, m) {
         },
         py::arg("shape"), py::arg("plan"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("d_out"),
         py::arg("lse"), py::arg("d_lse"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("rows"),
-        py::arg("dq_sum"), py::arg("turns"), py::arg("hopper"), py::arg("device"), py::arg("stream"));
+        py::arg("dq_sum"), py::arg("turns"), py::arg("deterministic"), py::arg("hopper"), py::arg("device"), py::arg("stream"));
 }

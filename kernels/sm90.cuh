@@ -100,12 +100,17 @@ MINITRAIN_DEVICE void load_bytes(void* to, const void* from, uint32_t bytes, Mba
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                      shared_address(to)), "l"(from), "r"(bytes), "r"(full.address()) : "memory");
 }
-// to[i] += from[i], fp32, in global memory; completion is known by committing and waiting.
-MINITRAIN_DEVICE void reduce_add(float* to, const float* from, uint32_t bytes) {
-    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
-                 "r"(shared_address(from)), "r"(bytes) : "memory");
+// to[i] = from[i] if it is the first, else to[i] += from[i], fp32, in global memory: one group to wait for.
+MINITRAIN_DEVICE void write_sum(float* to, const float* from, uint32_t bytes, bool is_first) {
+    if (is_first) {
+        asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)),
+                     "r"(bytes) : "memory");
+    } else {
+        asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+                     "r"(shared_address(from)), "r"(bytes) : "memory");
+    }
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
-MINITRAIN_DEVICE void commit_bulk() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Until at most kPending groups of this thread still read their source ...
 template <int kPending>
 MINITRAIN_DEVICE void wait_bulk_read() {

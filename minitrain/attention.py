@@ -99,6 +99,10 @@ def why_not(name: str, facts: Facts) -> str | None:
         return reason
     if name == "flex" and facts.device != "cuda":
         return f"it has no backward on {facts.device}"
+    if name == "native":
+        from minitrain import fused_attention
+
+        return fused_attention.why_not(facts.device, facts.dtype, facts.head_dim)
     if name == "flex" and facts.head_dim & (facts.head_dim - 1):
         return f"head dim {facts.head_dim} is not a power of two"
     return None
@@ -138,8 +142,7 @@ def choose(
     if device != "cuda":
         order = ["sdpa", "reference"]
     else:
-        order = ["sdpa"] if equal_lengths else []
-        order += ["flash_attn", "varlen", "flex", "reference"]
+        order = ["native", *(["sdpa"] if equal_lengths else []), "flash_attn", "varlen", "flex", "reference"]
     name = next(n for n in order if why_not(n, facts) is None)
     if (name, *facts[:3]) not in _said:
         _said.add((name, *facts[:3]))
@@ -169,6 +172,17 @@ def reference(q_THC, k_SKC, v_SKC, cu_q, cu_k, max_seqlen, window):
         return torch.einsum("hnm,mhc->nhc", weights, v).to(q_nHC.dtype)
 
     return _each_document(one, q_THC, k_SKC, v_SKC, cu_q, cu_k)
+
+
+def native(q_THC, k_SKC, v_SKC, cu_q, cu_k, max_seqlen, window):
+    """Our CUDA kernels (fused_attention.py), no host sync; deterministic where torch's algorithms are to be."""
+    from minitrain.fused_attention import fused_attention
+
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    out_THC, _ = fused_attention(
+        q_THC, k_SKC, v_SKC, cu_q, cu_k, max_seqlen, window=window, deterministic=deterministic
+    )
+    return out_THC
 
 
 def sdpa(q_THC, k_SKC, v_SKC, cu_q, cu_k, max_seqlen, window):
@@ -277,4 +291,4 @@ def xformers(q_THC, k_SKC, v_SKC, cu_q, cu_k, max_seqlen, window):
     return memory_efficient_attention(q, k, v, mask)[0].flatten(1, 2)
 
 
-BACKENDS = {f.__name__: f for f in (sdpa, flash_attn, varlen, flex, xformers, reference)}
+BACKENDS = {f.__name__: f for f in (native, sdpa, flash_attn, varlen, flex, xformers, reference)}

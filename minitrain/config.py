@@ -91,13 +91,15 @@ class TrainConfig:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of weights and activations; auto: bfloat16 on the GPU, float32 on the CPU. Master weights are always float32."""
     attention: str = "auto"
-    """Backend: auto, sdpa, flash_attn, varlen, flex, xformers or reference; auto says what it chose."""
+    """Backend: auto, native (our kernels), sdpa, flash_attn, varlen, flex, xformers or reference; auto says which."""
     loss: str = "minitrain.loss:cross_entropy"
     """Loss as "module:function": (hidden, head, batch) -> (sum over trained tokens, {name: sum})."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile every block; auto: on the GPU."""
     recompute: Literal["none", "full"] = "none"
     """full: keep only the input of each block and compute the block again in backward, for less memory."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits in every run on the same machine; slower."""
     log_every: int = 10
     """Steps between lines on the console."""
     sample: str = ""

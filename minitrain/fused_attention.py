@@ -40,9 +40,9 @@ def fused_attention(
     """Attention inside each document -> out (T, H, C) bf16 and lse (H, T) fp32, both differentiable.
 
     q (T, H, C), k and v (S, K, C): bf16 on one CUDA device, K divides H, C of HEAD_DIMS; slices of one packed qkv are
-    read in place, what the kernels cannot address is copied. cu_seqlens_* (N + 1,) int32, the same N: document i is rows
-    cu[i] : cu[i + 1]; rows past the last entry belong to no document, their out is 0. They are not looked at on the host:
-    check_documents does that, and waits. max_seqlen: about the longest document, in tokens; only speed depends on it.
+    read in place, what the kernels cannot address is copied. cu_seqlens_* (N + 1,) int32, the same N: document i is
+    rows cu[i] : cu[i + 1]; rows past the last entry belong to no document, their out is 0. The host does not look at
+    them: check_documents does, and waits. max_seqlen: not needed, here for attention()'s signature.
     causal: query i of n sees key j of m iff j <= i + m - n (else every key of its document); window: and iff
     j >= i + m - n - window. scale: of the scores, C**-0.5 if None.
     lse: log of the sum of exp(score), natural, -inf where a query sees nothing (its out is 0). For merge.
@@ -93,7 +93,7 @@ def why_not(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why the kernels cannot take such tensors here, or None if they can."""
     if kernels is None:
         return "the CUDA extension is not built: it needs nvcc when minitrain is installed"
-    if device_type != "cuda":
+    if device_type != "cuda" or not torch.cuda.is_available():
         return f"it runs on CUDA devices only, not on {device_type}"
     if dtype != torch.bfloat16:
         return f"it takes bfloat16, not {dtype}"
@@ -208,7 +208,7 @@ def attention_bwd(
     shape = _shape(q, k, cu_q, look_back, look_ahead, scale)
     R = kernels.attention_padded_rows(shape)
     rows, dq_sum = lse.new_empty(2, H, R), lse.new_empty(H, R, C)
-    turns = cu_q.new_empty(H, R // 64) if deterministic else None
+    turns = cu_q.new_empty(H, R // 64)
     kernels.attention_backward(
         shape=shape,
         plan=make_plan(cu_q, cu_k, shape, _tiles(C, hopper)).data_ptr(),
@@ -224,7 +224,8 @@ def attention_bwd(
         dv=dv.data_ptr(),
         rows=rows.data_ptr(),
         dq_sum=dq_sum.data_ptr(),
-        turns=0 if turns is None else turns.data_ptr(),
+        turns=turns.data_ptr(),
+        deterministic=deterministic,
         hopper=hopper,
         device=q.device.index,
         stream=_stream(q.device),
@@ -257,7 +258,7 @@ attention_fwd.register_autograd(_differentiate, setup_context=_save)
 
 
 def _addressable(x: Tensor) -> Tensor:
-    """x itself if the kernels can read it in place, else a copy: channels in a row, all else at multiples of 16 bytes."""
+    """x itself if the kernels can read it in place, else a copy: channels in a row, rows and heads 16 bytes aligned."""
     steps = [stride for stride, size in zip(x.stride()[:2], x.shape[:2], strict=True) if size > 1]
     fits = x.stride(2) == 1 and x.data_ptr() % 16 == 0 and all(step > 0 and step % 8 == 0 for step in steps)
     return x if fits else x.clone(memory_format=torch.contiguous_format)
@@ -289,10 +290,10 @@ def _tiles(head_dim: int, hopper: bool) -> tuple[int, int]:
 
 
 def make_plan(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, shape, tiles: tuple[int, int]) -> Tensor:
-    """The list of work of these documents in tiles of so many queries and keys, int32; kernels/attention.cuh says more.
+    """The list of work of these documents in tiles of so many queries and keys, int32; see kernels/attention.cuh.
 
     Made on the device, without a wait. A tensor with an attribute `plans`, a dict, keeps it there: all layers and both
-    passes of a batch share one. Batch gives its cu_seqlens that attribute. The plan is made anew after they were written
+    passes of a batch share one. Batch gives its cu_seqlens that attribute. It is made anew after they were written
     to, on another stream, and in every capture of a CUDA graph, whose replays may see other documents.
     """
     device, stream = cu_seqlens_q.device, _stream(cu_seqlens_q.device)
@@ -303,6 +304,7 @@ def make_plan(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, shape, tiles: tuple[in
     if key not in plans:
         cu_q, cu_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
         plan = cu_q.new_empty(kernels.attention_plan_ints(shape, tiles))
-        kernels.attention_plan(shape, tiles, cu_q.data_ptr(), cu_k.data_ptr(), plan.data_ptr(), device.index, stream)
+        places = (x.data_ptr() for x in (cu_q, cu_k, plan))
+        kernels.attention_plan(shape, tiles, *places, device.index, stream)
         plans[key] = plan, cu_seqlens_k  # kept, so that no other tensor takes its place in memory
     return plans[key][0]

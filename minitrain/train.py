@@ -4,6 +4,7 @@ Everything here is a function of modules that you can import; who needs another 
 """
 
 import contextlib
+import os
 import platform
 import shutil
 import subprocess
@@ -45,6 +46,8 @@ def train(
     on_step: called after each step with (steps done, model, extras of the loss).
     Raises UserError for settings and files that do not fit, FloatingPointError when the loss is no number.
     """
+    if cfg.train.deterministic:
+        use_deterministic_algorithms()
     mesh = init_mesh(cfg.train.device)
     loss_fn = loss_fn or load_object(cfg.train.loss)
     model = model or build_model(cfg.model)  # on meta: names and shapes, no bytes
@@ -72,6 +75,13 @@ def train(
         tokenizer = None if cfg.model.pretrained else cfg.data.path or None  # None: of the folder that it began from
         save_pretrained(model, Path(cfg.run_dir) / "export", tokenizer, overwrite=True)
     return model
+
+
+def use_deterministic_algorithms() -> None:
+    """From here on in this process: torch raises RuntimeError for an operation that has none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS begins; else its products may differ
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it finds bugs, and costs a pass over every tensor
 
 
 def forward_backward(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from minitrain import fused_attention
 from minitrain.attention import BACKENDS, Facts, _document_and_place, attention, choose, why_not
 
 module = importlib.import_module("minitrain.attention")
@@ -253,7 +254,7 @@ def test_wrong_arguments_are_named(change, message):
         ("flex", None, "'flex' cannot run here: it has no backward on cpu"),
         ("xformers", 3, "'xformers' cannot run here: it has no sliding window"),
         ("sdpa", 3, "'sdpa' cannot run here: it has no sliding window"),
-        ("nothing", None, "'nothing' is unknown; there are: auto, sdpa, flash_attn, varlen, flex, xformers, reference"),
+        ("nothing", None, "'nothing' is unknown; there are: auto, native, sdpa, flash_attn, varlen, .*, reference"),
     ],
 )
 def test_a_backend_that_cannot_run_says_why(backend, window, message):
@@ -276,7 +277,8 @@ def test_what_a_gpu_backend_needs_is_said():
 
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
-    """An empty folder, the only one that flash_attn and xformers can be imported from."""
+    """An empty folder, the only one that flash_attn and xformers can be imported from; our kernels are not built."""
+    monkeypatch.setattr(fused_attention, "kernels", None)
     for name in ("flash_attn", "xformers"):
         monkeypatch.setitem(sys.modules, name, None)
         monkeypatch.delitem(sys.modules, name)  # put back at the end as it was
@@ -312,6 +314,13 @@ def test_auto_takes_what_can_run_fastest(packages):
     module._import_fails.cache_clear()
     (packages / "flash_attn.py").touch()
     assert choose("auto", "cuda", bf16, 64) == "flash_attn"
+
+
+def test_auto_takes_our_kernels_where_they_can_run(monkeypatch):
+    monkeypatch.setattr(fused_attention, "why_not", lambda device, dtype, head_dim: None if head_dim == 64 else "no")
+    for options in ({}, {"equal_lengths": True}, {"window": True}):
+        assert choose("auto", "cuda", torch.bfloat16, 64, **options) == "native"
+        assert choose("auto", "cuda", torch.bfloat16, 72, **options) != "native"
 
 
 def test_auto_says_once_what_it_chose(monkeypatch, caplog):

@@ -74,7 +74,7 @@ def host(tmp_path_factory):
     for name in ("cuda_runtime.h", "cuda_runtime_api.h"):
         (folder / name).write_text('#include "cuda_on_the_host.h"\n')
     includes = [f"-I{path}" for path in (folder, ROOT / "tests", ROOT / "kernels")]
-    command = [compiler, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *includes]
+    command = [compiler, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", *includes]  # fibers jump
     done = subprocess.run(
         [*command, str(folder / "harness.cpp"), "-o", str(folder / "host.so")], text=True, capture_output=True
     )
@@ -123,7 +123,8 @@ def assert_waves(items, counts, which, processors):
     if len(waves) > 1:  # as even as whole heads allow; where one wave begins is not seen if it goes on with less work
         assert all(amount >= processors * longest - longest * (longest + 1) // 2 for _, amount in waves)
     enough_for = sum(work) // max(1, processors * longest)
-    assert (len(waves) > 1) == (enough_for > 1) and len(waves) <= max(1, enough_for)
+    assert len(waves) <= max(1, enough_for)
+    assert len(waves) > 1 or enough_for < 2 or longest == 1  # with one block each, no wave is seen to end
 
 
 def assert_plan_is_right(plan, cu_q, cu_k, T, S, tiles, processors=132):

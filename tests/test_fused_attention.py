@@ -134,7 +134,7 @@ def poison():
     free = [
         piece["size"]
         for segment in torch.cuda.memory_snapshot()
-        if segment["device"] == device and segment["stream"] == stream and segment["segment_pool_id"] == (0, 0)
+        if segment["device"] == device and segment["stream"] == stream and tuple(segment["segment_pool_id"]) == (0, 0)
         for piece in segment["blocks"]
         if piece["state"] == "inactive"
     ]
@@ -213,7 +213,8 @@ def assert_as_good_as_bf16(actual, batch, case, d_lse=None, lse_rtol=0, **option
         largest, limit = error.max().item(), 2 * allowed.max().item() + floor
         assert largest <= limit, f"{name}, {case}: largest error {largest:.2e}, allowed {limit:.2e}"
         if len(a) >= 63:  # the mean of fewer is noise
-            ratio = 1.3 if options.get("window") == 1 else 1.1  # of two keys plain bf16 rounds hardly more
+            few_keys = options.get("window") == 1 or batch.max_seqlen <= 2  # of two keys plain bf16 rounds hardly more
+            ratio = 1.3 if few_keys else 1.1
             mean, limit = error.mean().item(), ratio * allowed.mean().item() + 1e-5
             assert mean <= limit, f"{name}, {case}: mean error {mean:.2e}, allowed {limit:.2e}"
     tolerance = {"rtol": lse_rtol, "atol": 1e-3}
@@ -232,16 +233,19 @@ def assert_same_bits(actual, expected, names=Results._fields, case=""):
 @gpu
 def test_poison_fills_what_is_handed_out_next():
     poison()
-    for shape, dtype in [((3,), torch.float32), ((700, 300), torch.bfloat16), ((5000, 4, 128), torch.float32)]:
-        assert torch.empty(shape, dtype=dtype, device=DEVICE).isnan().all()
-    assert (torch.empty(100, dtype=torch.int32, device=DEVICE) == -1).all()
+    kinds = [((3,), torch.float32), ((700, 300), torch.bfloat16), ((5000, 4, 128), torch.float32), (100, torch.int32)]
+    *floats, ints = [torch.empty(shape, dtype=dtype, device=DEVICE) for shape, dtype in kinds]  # all before a result is
+    assert all(x.isnan().all() for x in floats) and (ints == -1).all()
 
 
 @gpu
 @masks
 def test_errors_are_those_of_bf16(kernel, mask):
-    lengths = [4097, 1, 63, 1000, 2, 65, 127, 64, 177, 129, 4095, 176, 255, 128, 175, 257]
+    lengths = [4097, 63, 1000, 65, 127, 64, 177, 129, 4095, 176, 255, 128, 175, 257]
     for groups, heads in {1: (2, 2), 2: (4, 2), 4: (8, 2), 8: (8, 1)}.items():
+        for length in (1, 2):  # many together: the largest error of a few numbers is luck
+            batch = make([length] * 64, heads=heads, C=kernel.C)
+            assert_as_good_as_bf16(run(kernel, batch, **mask), batch, f"{length} tokens, {groups} query heads", **mask)
         batch = make(lengths, heads=heads, C=kernel.C)
         results = run(kernel, batch, **mask)
         for length, document in zip(lengths, batch.documents(), strict=True):
