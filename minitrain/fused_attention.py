@@ -106,7 +106,6 @@ def why_not(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
 
 
 @torch.compiler.assume_constant_result  # a compiled caller sees the answer, not how it was found
-@functools.cache
 def _is_hopper(kernel: str, device_type: str, device: int | None, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether Hopper's kernels are to be used, not the portable ones. ValueError if what is asked for cannot run."""
     if reason := why_not(device_type, dtype, head_dim):

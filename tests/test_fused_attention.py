@@ -19,6 +19,7 @@ from minitrain.attention import attention, choose
 from minitrain.fused_attention import check_documents, fused_attention, merge, why_not
 
 DEVICE = "cuda"
+MB = 1 << 20
 MASKS = {
     "causal": {},
     "full": {"causal": False},
@@ -129,16 +130,20 @@ def poison():
         return torch.empty(size, dtype=torch.uint8, device=DEVICE)
 
     device, stream = torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream
-    held = [block(1 << 29), *(block(1 << 20) for _ in range(16))]  # large and small blocks: two pools
+    held = [
+        block(1 << 29),
+        *(block(MB) for _ in range(16)),
+    ]  # from both of its pools, that of large and of small blocks
     del held
-    free = [
-        piece["size"]
-        for segment in torch.cuda.memory_snapshot()
-        if segment["device"] == device and segment["stream"] == stream and tuple(segment["segment_pool_id"]) == (0, 0)
-        for piece in segment["blocks"]
-        if piece["state"] == "inactive"
-    ]
-    held = [block(size).fill_(0xFF) for size in sorted(free, reverse=True)]
+    sizes = []
+    for segment in torch.cuda.memory_snapshot():
+        is_ours = segment["device"] == device and segment["stream"] == stream
+        if is_ours and tuple(segment["segment_pool_id"]) == (0, 0):  # not a CUDA graph's
+            free = [piece["size"] for piece in segment["blocks"] if piece["state"] == "inactive"]
+            if segment["segment_type"] == "small":  # more than 1 MB would come from the other pool
+                free = [size for whole in free for size in [MB] * (whole // MB) + [whole % MB] * (whole % MB > 0)]
+            sizes += free
+    held = [block(size).fill_(0xFF) for size in sorted(sizes, reverse=True)]
     del held
 
 
@@ -511,8 +516,10 @@ def test_repeats_are_bitwise_equal_beside_a_bandwidth_hog(kernel, deterministic,
 def test_sums_of_dq_in_any_order_differ_by_rounding(kernel):
     batch = make([2000, 300, 65], heads=(4, 2), C=kernel.C)
     fixed, free = run(kernel, batch, deterministic=True), run(kernel, batch, deterministic=False)
-    assert_same_bits(fixed, free, ("out", "lse", "dk", "dv"))
-    torch.testing.assert_close(free.dq, fixed.dq, rtol=2**-7, atol=1e-5)
+    assert_same_bits(fixed, free, ("out", "lse"))
+    for name in ("dq", "dk", "dv"):  # blocks of queries may come in another order, too
+        largest = getattr(fixed, name).abs().max().item()
+        torch.testing.assert_close(getattr(free, name), getattr(fixed, name), rtol=2**-7, atol=1e-4 * largest)
 
 
 # ---- strides

@@ -285,6 +285,8 @@ def test_experts_on_the_gpu_never_wait_for_it(favour):
     moe = MoE(Qwen3MoeConfig(**TINY_MOE)).to("cuda", torch.bfloat16)
     x_TD = torch.randn(64, TINY["hidden_size"], device="cuda").bfloat16()
     with torch.no_grad():
+        for w in moe.parameters():
+            w.normal_(0, 0.2)
         if favour is not None:  # all tokens to two experts, none to the others
             moe.gate.weight.zero_()
             moe.gate.weight[favour : favour + 2] = x_TD.mean(0)

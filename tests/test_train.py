@@ -296,3 +296,37 @@ def test_data_of_another_tokenizer_than_the_pretrained_models_is_refused(corpus,
     (source / "tokenizer.json").write_text(text.replace('"100"', '"hundred"'))
     with pytest.raises(UserError, match="made with another tokenizer than"):
         train(cfg)
+
+
+@pytest.fixture
+def deterministic_again():
+    """As it was: the setting is the process's."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_only_deterministic_training_asks_torch_for_it(corpus, tmp_path, deterministic_again, asked):
+    seen = []
+    cfg = tiny_run(corpus, tmp_path / "run", train={"steps": 1, "deterministic": asked})
+    train(cfg, on_step=lambda *_: seen.append(torch.are_deterministic_algorithms_enabled()))
+    assert seen == [asked]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+def test_deterministic_training_on_the_gpu_gives_the_same_bits_twice(tmp_path, deterministic_again, kind):
+    sizes = TINY | {"head_dim": 64}
+    model = Qwen3Config(**sizes) if kind == "qwen3" else dataclasses.replace(MOE, **sizes)
+    data = [[random_batch([900, 31, 700]).to("cuda"), random_batch([1631]).to("cuda")] for _ in range(4)]
+    runs = []
+    for name in ("a", "b"):
+        cfg = tiny_run(
+            "", tmp_path / name, model, train={"steps": 4, "device": "cuda", "compile": "off", "deterministic": True},
+            checkpoint={"every": 0, "export": False},
+        )  # fmt: skip
+        runs.append([p.clone() for p in train(cfg, data=data).parameters()])
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert all(a.equal(b) for a, b in zip(*runs, strict=True))
