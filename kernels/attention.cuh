@@ -6,13 +6,14 @@
 //
 //     documents   N + 1 of {q_begin, q_len, k_begin, k_len}; the last one holds the rows outside of all documents: its
 //                 queries see nothing, and nothing sees its keys
-//     items       {document, index of the tile in it, head}: a tile of queries and a query head for the forward, a tile of
+//     items       {document, index of the tile in it, head}: a tile of queries and a query head for the forward, a tile
+//     of
 //                 keys and a key/value head for the backward
 //
-// Items come in waves of whole (document, head)s. In a wave those with the most work under a causal mask come first, and it
-// has at least as much work as keeps all processors busy for as long as one with the longest item. So the items of a wave
-// begin together and end together, and what they read at the same time they find in L2; and nothing long begins at the end.
-// A persistent CTA takes the next number from a counter.
+// Items come in waves of whole (document, head)s. In a wave those with the most work under a causal mask come first,
+// and it has at least as much work as keeps all processors busy for as long as one with the longest item. So the items
+// of a wave begin together and end together, and what they read at the same time they find in L2; and nothing long
+// begins at the end. A persistent CTA takes the next number from a counter.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -62,8 +63,8 @@ struct Plan {
     __device__ int* backward_counter() const { return header + 3; }
 };
 
-// The next number of a launch, for one thread of a CTA. The CTA that gets the last number of all sets the counter back to
-// 0 for the next launch: each CTA takes exactly one number that is not below num_items, and stops.
+// The next number of a launch, for one thread of a CTA. The CTA that gets the last number of all sets the counter back
+// to 0 for the next launch: each CTA takes exactly one number that is not below num_items, and stops.
 __device__ inline int next_item(int* counter, int num_items) {
     const int item = atomicAdd(counter, 1);
     if (item == num_items + static_cast<int>(gridDim.x) - 1) atomicExch(counter, 0);

@@ -2,11 +2,11 @@
 //
 // Dimensions: T queries, S keys, H query heads, K key/value heads (query head h reads key/value head h / (H / K)),
 // C channels of a head, N documents. Document i is rows cu_q[i] : cu_q[i + 1] of the queries and cu_k[i] : cu_k[i + 1]
-// of the keys. Query i of n and key j of m are in the same place if j == i + m - n; a query sees the keys of its document
-// from look_back places before its own to look_ahead after it.
+// of the keys. Query i of n and key j of m are in the same place if j == i + m - n; a query sees the keys of its
+// document from look_back places before its own to look_ahead after it.
 //
-// All of these launch on `stream` and return; nothing waits for the device, every launch may be captured in a CUDA graph.
-// Throws std::invalid_argument for a head_dim that was not built, std::runtime_error on a CUDA error.
+// All of these launch on `stream` and return; nothing waits for the device, every launch may be captured in a CUDA
+// graph. Throws std::invalid_argument for a head_dim that was not built, std::runtime_error on a CUDA error.
 #pragma once
 
 #include <cstdint>
@@ -31,8 +31,8 @@ struct AttentionShape {
     float scale;  // of the scores, before the softmax
 };
 
-// What one CTA of the forward (queries) and of the backward (keys) works on. They depend on the kernels, and so does the
-// plan, which is a list of such tiles.
+// What one CTA of the forward (queries) and of the backward (keys) works on. They depend on the kernels, and so does
+// the plan, which is a list of such tiles.
 struct AttentionTiles {
     int queries, keys;
 };
@@ -53,22 +53,24 @@ struct AttentionBackward {
     const float* d_lse;  // (H, T), or null for zeros
     void *dq, *dk, *dv;  // (T, H, C) and twice (S, K, C) bf16; rows outside of all documents become 0
     // Workspaces, uninitialised; R = attention_padded_rows.
-    float* rows;     // (2, H, R)
-    float* dq_sum;  // (H, R, C)
-    int* turns;     // (H, R / 64)
+    float* rows;         // (2, H, R)
+    float* dq_sum;       // (H, R, C)
+    int* turns;          // (H, R / 64)
     bool deterministic;  // dq is summed in a fixed order; else in any
 };
 
 // Hopper's kernels (sm_90a) take head_dim 64 and 128, the portable ones (sm_80 and later) also 96, 192 and 256.
 AttentionTiles attention_tiles(int head_dim, bool hopper);
 
-// The plan of a batch of documents: made once, used by every layer and both passes. It depends on T, S, N, H and K. cu_q and cu_k (N + 1,) int32; what
-// decreases or exceeds T or S is cut off. plan: attention_plan_ints(...) ints, aligned to 16 bytes.
+// The plan of a batch of documents: made once, used by every layer and both passes. It depends on T, S, N, H and K.
+// cu_q and cu_k (N + 1,) int32; what decreases or exceeds T or S is cut off. plan: attention_plan_ints(...) ints,
+// aligned to 16 bytes.
 int64_t attention_plan_ints(const AttentionShape& shape, AttentionTiles tiles);
 void attention_plan(const AttentionShape& shape, AttentionTiles tiles, const int* cu_q, const int* cu_k, int* plan,
                     int device, cudaStream_t stream);
 
-// Number of the capture that the stream is in, 0 if it is in none: a plan made in a capture is made again in each replay.
+// Number of the capture that the stream is in, 0 if it is in none: a plan made in a capture is made again in each
+// replay.
 uint64_t capture_id(cudaStream_t stream);
 
 // One plan serves one launch at a time: launches that share it are on one stream.

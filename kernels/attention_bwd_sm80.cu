@@ -16,9 +16,9 @@
 // dS in registers, but each would read all of Q and dO: 344 KB.
 //
 // dq_sum is in the order of the accumulators, [padded row / 16][channel / 8][element e][lane], so that a warp adds to
-// 128 bytes in a row. In any order; or, if deterministic, tiles of keys from the last to the first: each waits until all
-// later ones that see the queries have added. To have those running or done, CTAs then take the plan's list from its
-// end: CTAs start in the order of their numbers.
+// 128 bytes in a row. In any order; or, if deterministic, tiles of keys from the last to the first: each waits until
+// all later ones that see the queries have added. To have those running or done, CTAs then take the plan's list from
+// its end: CTAs start in the order of their numbers.
 
 #include <cmath>
 #include <stdexcept>
@@ -139,8 +139,8 @@ __global__ void __launch_bounds__(Backward<C, kStages>::kThreads, 8 / Backward<C
         if (item.document == shape.num_documents) doc.q_len = 0;  // nothing sees rows outside of all documents
         const Band::Range rows = queries_seeing(band, doc, item.tile, B::kKeys);
         const int group = shape.heads / shape.kv_heads;
-        work = {doc, item.tile, item.head, padded_begin(doc, item.document), rows.begin, rows.end,
-                item.head * group, (item.head + 1) * group};
+        work = {doc,        item.tile, item.head,         padded_begin(doc, item.document),
+                rows.begin, rows.end,  item.head * group, (item.head + 1) * group};
     }
     __syncthreads();  // `work` is there
 
@@ -228,9 +228,9 @@ __global__ void __launch_bounds__(Backward<C, kStages>::kThreads, 8 / Backward<C
         }
 
         typename B::Sums dq = {};
-        multiply<B::kKeys / 16>(
-            dq, Operand<B::kQueries, B::kSumQueries, Role::A_transposed>(base + B::kDS, 0, sum_query),
-            Operand<C, B::kSumCols, Role::B_transposed>(base, 0, sum_col));
+        multiply<B::kKeys / 16>(dq,
+                                Operand<B::kQueries, B::kSumQueries, Role::A_transposed>(base + B::kDS, 0, sum_query),
+                                Operand<C, B::kSumCols, Role::B_transposed>(base, 0, sum_col));
         const int64_t padded = int64_t(head) * padded_rows + work.padded + row;
         if (args.deterministic && row % kQueryBlock == 0) {
             if (threadIdx.x == 0) {
@@ -281,8 +281,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(AttentionBackwar
     const Document doc = plan.documents[item.document];
     const bool seeing = item.document != shape.num_documents;
     const int first = item.tile * kRows, num_rows = min(kRows, doc.q_len - first);
-    const float* sums =
-        args.dq_sum + (int64_t(item.head) * padded_rows + padded_begin(doc, item.document) + first) * C;
+    const float* sums = args.dq_sum + (int64_t(item.head) * padded_rows + padded_begin(doc, item.document) + first) * C;
     bf16* dq = static_cast<bf16*>(args.dq) + (int64_t(doc.q_begin + first) * shape.heads + item.head) * C;
 
     const int lane = threadIdx.x % 32;
@@ -346,11 +345,16 @@ void launch(const AttentionBackward& args, int device, cudaStream_t stream) {
 void attention_backward_sm80(const AttentionBackward& args, int device, cudaStream_t stream) {
     const OnDevice guard(device);
     switch (args.shape.head_dim) {
-        case 64: return launch<64>(args, device, stream);
-        case 96: return launch<96>(args, device, stream);
-        case 128: return launch<128>(args, device, stream);
-        case 192: return launch<192>(args, device, stream);
-        case 256: return launch<256>(args, device, stream);
+        case 64:
+            return launch<64>(args, device, stream);
+        case 96:
+            return launch<96>(args, device, stream);
+        case 128:
+            return launch<128>(args, device, stream);
+        case 192:
+            return launch<192>(args, device, stream);
+        case 256:
+            return launch<256>(args, device, stream);
     }
     throw std::invalid_argument("head_dim=" + std::to_string(args.shape.head_dim) +
                                 " was not built; use 64, 96, 128, 192 or 256");

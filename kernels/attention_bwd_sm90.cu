@@ -1,16 +1,17 @@
 // Attention backward on Hopper: one persistent CTA of three warpgroups per SM, working on 128 keys at a time.
 //
-//   warpgroup 0, warp 0          adds dQ of a block to its sum in global memory
+//   warpgroup 0, warp 0          puts dQ of a block to its sum in global memory
 //                warp 1          takes the next tile of keys, loads K and V
 //                warps 2 and 3   load Q and dO of each block of 64 queries that sees it, and of each query head of the
 //                                group
 //   warpgroups 1 and 2           64 keys each: S^T = K Q^T, dP^T = V dO^T, P^T and dS^T in registers,
-//                                dV += P^T dO, dK += dS^T Q; dS goes to shared memory, and dQ = dS K with half the channels
-//                                each
+//                                dV += P^T dO, dK += dS^T Q; dS goes to shared memory, and dQ = dS K with half the
+//                                channels each
 //
-// dK and dV stay in registers over all queries and heads: no sum in memory, the same bits in every run. dQ is summed over
-// key tiles in fp32 in global memory, by the copy engine, in the order of the accumulator's registers; finish_kernel puts
-// it into rows. Before all this attention_prepare makes D and scales lse. Equations: Dao et al. 2022, arXiv:2205.14135.
+// dK and dV stay in registers over all queries and heads: no sum in memory, the same bits in every run. dQ is summed
+// over key tiles in fp32 in global memory, by the copy engine, in the order of the accumulator's registers;
+// finish_kernel puts it into rows. Before all this attention_prepare makes D and scales lse. Equations: Dao et al.
+// 2022, arXiv:2205.14135.
 
 #include "attention.cuh"
 #include "sm90.cuh"
@@ -20,9 +21,9 @@ namespace {
 
 using namespace sm90;
 
-constexpr int kKeys = kHopperTiles.keys;     // of a tile, 64 a warpgroup
-constexpr int kQueries = kQueryBlock;  // of a block
-constexpr int kStages = 2;             // blocks of Q and dO in shared memory
+constexpr int kKeys = kHopperTiles.keys;  // of a tile, 64 a warpgroup
+constexpr int kQueries = kQueryBlock;     // of a block
+constexpr int kStages = 2;                // blocks of Q and dO in shared memory
 constexpr int kThreads = 384;
 constexpr int kDsWritten = 1, kTogether = 2, kDqWritten = 4, kDqRead = 6;  // named barriers; all but the first are two
 constexpr float kLog2e = 1.4426950408889634f;
@@ -55,14 +56,15 @@ struct Arguments {
     __nv_bfloat16 *dk, *dv;
 };
 
-// Where block m of a document's queries lies in the workspaces, of one query head.
+// Where a block of queries lies in the workspaces.
 __device__ int padded_row(const Tile& tile, int block, int head, const Arguments& args) {
     return head * args.padded_rows + padded_begin(tile.doc, tile.document) + block * kQueries;
 }
 
 // One thread: tells the CTA which tile is next, one ahead of the work, and loads its keys.
 template <int C>
-__device__ void load_keys(Shared<C>& shared, const Arguments& args, const CUtensorMap* k_map, const CUtensorMap* v_map) {
+__device__ void load_keys(Shared<C>& shared, const Arguments& args, const CUtensorMap* k_map,
+                          const CUtensorMap* v_map) {
     const AttentionShape& shape = args.shape;
     const Plan plan(args.plan, shape, kHopperTiles);
     const int num_items = plan.num_key_items();
@@ -80,8 +82,9 @@ __device__ void load_keys(Shared<C>& shared, const Arguments& args, const CUtens
         const Document doc = plan.documents[item.document];
         const int first_key = item.tile * kKeys, shift = doc.k_len - doc.q_len;  // a query's place less its row
         const int first = first_key - shift, last = min(first_key + kKeys, doc.k_len) - 1 - shift;
-        const int queries = item.document == shape.num_documents ? 0 : doc.q_len;  // the last document is seen by nothing
-        const Band band{shape.look_ahead, shape.look_back};                        // a query's band, seen from the key
+        const bool is_seen = item.document < shape.num_documents;  // nothing sees the rows outside of all documents
+        const int queries = is_seen ? doc.q_len : 0;
+        const Band band{shape.look_ahead, shape.look_back};  // a query's band, as the key sees it
         tile.doc = doc;
         tile.document = item.document;
         tile.first_key = first_key;
@@ -99,8 +102,8 @@ __device__ void load_keys(Shared<C>& shared, const Arguments& args, const CUtens
     }
 }
 
-// Blocks of queries come from the first to the last: tiles that start together then add to different blocks. Where they take
-// turns at each block they must start at the same one, the last, which all of them see under a causal mask.
+// Blocks of queries come from the first to the last: tiles that start together then add to different blocks. Where they
+// take turns at each block they must start at the same one, the last, which all of them see under a causal mask.
 __device__ int nth_block(const Tile& tile, int n, const Arguments& args) {
     return args.deterministic ? tile.seeing.end - 1 - n : tile.seeing.begin + n;
 }
@@ -132,8 +135,8 @@ __device__ void load_queries(Shared<C>& shared, const Arguments& args, const CUt
     }
 }
 
-// dQ of a block of queries is summed by whoever has a part of it. The first part is stored, the others are added, so that
-// nobody has to clear the sum. A number in global memory, 0 before the launch, says how far a block is:
+// dQ of a block of queries is summed by whoever has a part of it. The first part is stored, the others are added, so
+// that nobody has to clear the sum. A number in global memory, 0 before the launch, says how far a block is:
 //   deterministic   how many tiles of keys have added; each waits for those with earlier keys, which were taken earlier
 //   otherwise       kClaimed: somebody is about to store; kStored: others may add
 constexpr int kClaimed = 1, kStored = 2;
@@ -177,10 +180,12 @@ __device__ void add_dq(Shared<C>& shared, const Arguments& args) {
                 const bool is_first = lane == 0 && wait_for_turn(turn, tile, block, args);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
+                    __syncwarp();  // the first lane is back
                     barrier_sync(kDqWritten + half, 160);
-                    if (lane == 0) write_sum(sum + half * kQueries * C / 2, shared.dq[half], sizeof shared.dq[half], is_first);
+                    if (lane == 0)
+                        write_sum(sum + half * kQueries * C / 2, shared.dq[half], sizeof shared.dq[half], is_first);
                 }
-                if (lane == 0) wait_bulk_read<1>();
+                if (lane == 0) wait_bulk_read<1>();  // the first half may be overwritten
                 __syncwarp();
                 barrier_arrive(kDqRead, 160);
                 if (lane == 0) wait_bulk_read<0>();
@@ -265,7 +270,8 @@ struct Consumer {
         wgmma_fence();
 #pragma unroll
         for (int n = 0; n < kKeys / 16; ++n) {
-            Wgmma<C / 2>::template ss<true, true>(dq, descriptor(a + n * 16 * 128), descriptor(b + n * 16 * 128), n != 0);
+            Wgmma<C / 2>::template ss<true, true>(dq, descriptor(a + n * 16 * 128), descriptor(b + n * 16 * 128),
+                                                  n != 0);
         }
         wgmma_commit();
     }
@@ -292,11 +298,11 @@ struct Consumer {
 
     // All blocks of queries of all heads that see the tile: adds to dK and dV, leaves each dQ in shared memory.
     //
-    // The tensor cores always have work queued while this warpgroup does arithmetic: dP^T under the exponentials, dV under
-    // dS, dK and S^T of the next block under the writing of dQ.
+    // The tensor cores always have work queued while this warpgroup does arithmetic: dP^T under the exponentials, dV
+    // under dS, dK and S^T of the next block under the writing of dQ.
     __device__ __forceinline__ void attend(const Tile& tile) {
         const int num_steps = tile.seeing.size() * args.group;
-        const int tail_block = tile.doc.q_len / kQueries;  // ends behind the document, if it is there at all
+        const int tail_block = tile.doc.q_len / kQueries;    // ends behind the document, if it is there at all
         const int next_block = args.deterministic ? -1 : 1;  // see nth_block
         int block = nth_block(tile, 0, args), head = 0;
         float s[kQueries / 2];
@@ -329,8 +335,8 @@ struct Consumer {
             ring.next();
             if (++head == args.group) head = 0, block += next_block;
             if (left > 0) wait_for_q(tile, block == tail_block);
-            // NOTE: behind the last block too, where nobody reads s: the assembler makes every wgmma wait if one of them
-            // stands under a condition.
+            // NOTE: behind the last block too, where nobody reads s: the assembler makes every wgmma wait if one of
+            // them stands under a condition.
             issue_scores(s, shared.k, shared.q[ring.stage()]);
             wgmma_wait<2>(dq);
             write_dq(dq);
@@ -441,10 +447,12 @@ __global__ void __launch_bounds__(kThreads, 1)
                     const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap d_out_map,
                     const __grid_constant__ Arguments args) {
     extern __shared__ __align__(1024) uint8_t memory[];
-    Shared<C>& shared = *reinterpret_cast<Shared<C>*>(memory);  // no arithmetic: the compiler must see that it is shared
+    // NOTE: no arithmetic on this address: the compiler would lose sight of its being shared, and use slow generic
+    // loads.
+    Shared<C>& shared = *reinterpret_cast<Shared<C>*>(memory);
     if (threadIdx.x == 0) {
         if (shared_address(&shared) % 1024) __trap();  // TMA's and wgmma's swizzle count on it
-        constexpr int kWarps = 8;  // of the two warpgroups that consume
+        constexpr int kWarps = 8;                      // of the two warpgroups that consume
         for (int i = 0; i < 2; ++i) shared.tile_full[i].init(1), shared.tile_empty[i].init(kWarps + 3);
         shared.kv_full.init(1), shared.kv_empty.init(kWarps);
         for (int i = 0; i < kStages; ++i) {
@@ -463,9 +471,11 @@ __global__ void __launch_bounds__(kThreads, 1)
         } else if (elect_one()) {
             const float* delta = args.rows + int64_t(args.shape.heads) * args.padded_rows;
             if (warp == 1) load_keys(shared, args, &k_map, &v_map);
-            if (warp == 2) load_queries(shared, args, &q_map, args.rows, shared.q, shared.lse, shared.q_full, shared.q_empty);
-            if (warp == 3) load_queries(shared, args, &d_out_map, delta, shared.d_out, shared.delta, shared.d_out_full,
-                                        shared.d_out_empty);
+            if (warp == 2)
+                load_queries(shared, args, &q_map, args.rows, shared.q, shared.lse, shared.q_full, shared.q_empty);
+            if (warp == 3)
+                load_queries(shared, args, &d_out_map, delta, shared.d_out, shared.delta, shared.d_out_full,
+                             shared.d_out_empty);
         }
     } else {
         take_registers<240>();
@@ -483,12 +493,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 constexpr int kBlocksOfTile = kHopperTiles.queries / kQueries;  // blocks of queries in an item of the plan
 
-// dq = scale * its sum, or 0 where there is none; a block of 64 queries of one head by each CTA of 128 threads. Thread t finds in float4 j of half w
-// what thread t of warpgroup w had in registers 4 j ..: rows 16 * (t / 32) + t % 32 / 4 (+ 8), two columns of each.
+// dq = scale * its sum, or 0 where there is none; a block of 64 queries of one head by each CTA of 128 threads. Thread
+// t finds in float4 j of half w what thread t of warpgroup w had in registers 4 j ..: rows 16 * (t / 32) + t % 32 / 4
+// (+ 8), two columns of each.
 template <int C>
-__global__ void __launch_bounds__(128)
-    finish_kernel(AttentionShape shape, int* plan_ints, int padded_rows, const float* dq_sum, const int* turns,
-                  __nv_bfloat16* dq) {
+__global__ void __launch_bounds__(128) finish_kernel(AttentionShape shape, int* plan_ints, int padded_rows,
+                                                     const float* dq_sum, const int* turns, __nv_bfloat16* dq) {
     const Plan plan(plan_ints, shape, kHopperTiles);
     if (blockIdx.x / kBlocksOfTile >= plan.num_query_items()) return;
     const Item item = plan.query_items[blockIdx.x / kBlocksOfTile];
@@ -526,21 +536,32 @@ void launch(const AttentionBackward& args, int device, cudaStream_t stream) {
     const AttentionShape* s = &shape;
     int* plan = const_cast<int*>(args.plan);
     const int padded_rows = static_cast<int>(attention_padded_rows(shape));
-    const Arguments arguments = {shape, plan, shape.heads / shape.kv_heads, padded_rows, args.rows, args.dq_sum, args.turns, args.deterministic,
-                                 static_cast<__nv_bfloat16*>(args.dk), static_cast<__nv_bfloat16*>(args.dv)};
+    const Arguments arguments = {shape,
+                                 plan,
+                                 shape.heads / shape.kv_heads,
+                                 padded_rows,
+                                 args.rows,
+                                 args.dq_sum,
+                                 args.turns,
+                                 args.deterministic,
+                                 static_cast<__nv_bfloat16*>(args.dk),
+                                 static_cast<__nv_bfloat16*>(args.dv)};
     constexpr int kBytes = sizeof(Shared<C>);
     check(cudaFuncSetAttribute(backward_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
           "cudaFuncSetAttribute");
     backward_kernel<C><<<num_processors(device), kThreads, kBytes, stream>>>(
-        tensor_map(args.q, s->num_queries, s->heads, C, kQueries), tensor_map(args.k, s->num_keys, s->kv_heads, C, kKeys),
-        tensor_map(args.v, s->num_keys, s->kv_heads, C, kKeys),
+        tensor_map(args.q, s->num_queries, s->heads, C, kQueries),
+        tensor_map(args.k, s->num_keys, s->kv_heads, C, kKeys), tensor_map(args.v, s->num_keys, s->kv_heads, C, kKeys),
         tensor_map(args.d_out, s->num_queries, s->heads, C, kQueries), arguments);
     const int grid = Plan::max_query_items(shape, kHopperTiles) * kBlocksOfTile;
     finish_kernel<C><<<grid, 128, 0, stream>>>(shape, plan, padded_rows, args.dq_sum, args.turns,
                                                static_cast<__nv_bfloat16*>(args.dq));
     check(cudaGetLastError(), "attention_backward_sm90",
-          {{"queries", shape.num_queries}, {"keys", shape.num_keys}, {"heads", shape.heads},
-           {"kv_heads", shape.kv_heads}, {"head_dim", C}});
+          {{"queries", shape.num_queries},
+           {"keys", shape.num_keys},
+           {"heads", shape.heads},
+           {"kv_heads", shape.kv_heads},
+           {"head_dim", C}});
 }
 
 }  // namespace
@@ -549,9 +570,12 @@ void attention_backward_sm90(const AttentionBackward& args, int device, cudaStre
     const OnDevice guard(device);
     attention_prepare(args, kHopperTiles, false, device, stream);
     switch (args.shape.head_dim) {
-        case 64: return launch<64>(args, device, stream);
-        case 128: return launch<128>(args, device, stream);
-        default: throw std::invalid_argument("head_dim=" + std::to_string(args.shape.head_dim) + " is not in 64, 128");
+        case 64:
+            return launch<64>(args, device, stream);
+        case 128:
+            return launch<128>(args, device, stream);
+        default:
+            throw std::invalid_argument("head_dim=" + std::to_string(args.shape.head_dim) + " is not in 64, 128");
     }
 }
 

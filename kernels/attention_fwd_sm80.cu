@@ -139,8 +139,7 @@ __device__ inline bool sees(const Work& work, const Band& band, int row, int num
 }
 
 template <int C>
-__global__ void __launch_bounds__(kThreads, 2)
-    forward_kernel(AttentionForward args, float scale) {
+__global__ void __launch_bounds__(kThreads, 2) forward_kernel(AttentionForward args, float scale) {
     using F = Forward<C>;
     extern __shared__ __align__(128) char shared[];
     __shared__ Work work;
@@ -164,8 +163,13 @@ __global__ void __launch_bounds__(kThreads, 2)
         const int first = item.tile * F::kQueries, num_rows = min(F::kQueries, doc.q_len - first);
         const int place = first + doc.k_len - doc.q_len;
         if (threadIdx.x == 0) {
-            work = {rows_of(args.k, doc.k_begin, kv_head), rows_of(args.v, doc.k_begin, kv_head),
-                    item.head, doc.q_begin + first, num_rows, doc.k_len, place,
+            work = {rows_of(args.k, doc.k_begin, kv_head),
+                    rows_of(args.v, doc.k_begin, kv_head),
+                    item.head,
+                    doc.q_begin + first,
+                    num_rows,
+                    doc.k_len,
+                    place,
                     band.blocks_seen(place, place + num_rows - 1, doc.k_len, kKeys),
                     band.blocks_whole(place, place + num_rows - 1, doc.k_len, kKeys)};
         }
@@ -256,18 +260,32 @@ void attention_forward_sm80(const AttentionForward& args, int device, cudaStream
     const AttentionShape& shape = args.shape;
     const OnDevice guard(device);
     switch (shape.head_dim) {
-        case 64: launch<64>(args, stream); break;
-        case 96: launch<96>(args, stream); break;
-        case 128: launch<128>(args, stream); break;
-        case 192: launch<192>(args, stream); break;
-        case 256: launch<256>(args, stream); break;
+        case 64:
+            launch<64>(args, stream);
+            break;
+        case 96:
+            launch<96>(args, stream);
+            break;
+        case 128:
+            launch<128>(args, stream);
+            break;
+        case 192:
+            launch<192>(args, stream);
+            break;
+        case 256:
+            launch<256>(args, stream);
+            break;
         default:
             throw std::invalid_argument("head_dim=" + std::to_string(shape.head_dim) +
                                         " was not built; use 64, 96, 128, 192 or 256");
     }
     check(cudaGetLastError(), "attention_forward_sm80",
-          {{"queries", shape.num_queries}, {"keys", shape.num_keys}, {"documents", shape.num_documents},
-           {"heads", shape.heads}, {"kv_heads", shape.kv_heads}, {"head_dim", shape.head_dim}});
+          {{"queries", shape.num_queries},
+           {"keys", shape.num_keys},
+           {"documents", shape.num_documents},
+           {"heads", shape.heads},
+           {"kv_heads", shape.kv_heads},
+           {"head_dim", shape.head_dim}});
 }
 
 }  // namespace minitrain

@@ -3,9 +3,9 @@
 //   warpgroup 0, one thread      takes the next tile, loads Q, then K and V block by block (TMA), two blocks ahead
 //   warpgroups 1 and 2           64 query rows each: S = Q K^T, online softmax in registers, O += P V
 //
-// Two overlaps keep the tensor cores busy. Inside a warpgroup, S of the next block is multiplied while this block's softmax
-// waits for nothing: its P V is issued behind that S. Between the two, turns: while one warpgroup has the tensor cores the
-// other does its softmax. The next tile's Q, K and V are loaded while this tile's last products and stores go on.
+// Two overlaps keep the tensor cores busy. Inside a warpgroup: P V of a block is issued behind S of the next one, and
+// runs while the softmax of that S is computed. Between the two warpgroups, by turns: one issues its products while the
+// other is at its softmax. The next tile's Q, K and V are loaded while this tile's last products and stores go on.
 //
 // Algorithm: Dao et al. 2022, arXiv:2205.14135; overlaps: Shah et al. 2024, arXiv:2407.08608; online softmax: Milakov &
 // Gimelshein 2018, arXiv:1805.02867.
@@ -19,8 +19,8 @@ namespace {
 using namespace sm90;
 
 constexpr int kRows = kHopperTiles.queries;  // of a tile, 64 a warpgroup
-constexpr int kKeys = 128;   // keys of a block
-constexpr int kStages = 2;   // blocks of K and of V in shared memory
+constexpr int kKeys = 128;                   // keys of a block
+constexpr int kStages = 2;                   // blocks of K and of V in shared memory
 constexpr int kThreads = 384;
 constexpr int kTurn = 1, kTogether = 3;  // named barriers, one for each of the two warpgroups
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
@@ -69,7 +69,8 @@ __device__ void produce(Shared<C>& shared, const Arguments& args, const CUtensor
         const Document doc = plan.documents[item.document];
         const int first_row = item.tile * kRows, shift = doc.k_len - doc.q_len;  // a query's place less its row
         const int first = first_row + shift, last = min(first_row + kRows, doc.q_len) - 1 + shift;
-        const int keys = item.document == shape.num_documents ? 0 : doc.k_len;  // the last document sees nothing
+        const bool sees = item.document < shape.num_documents;  // the rows outside of all documents see nothing
+        const int keys = sees ? doc.k_len : 0;
         const Band::Range seen = band.blocks_seen(first, last, keys, kKeys);
         tile = {doc, first_row, item.head, seen, band.blocks_whole(first, last, keys, kKeys)};
         shared.tile_full[tiles.stage()].arrive();
@@ -112,7 +113,8 @@ struct Consumer {
 
     // S = Q K^T, not awaited.
     __device__ __forceinline__ void issue_scores() {
-        const uint32_t q_tile = shared_address(shared.q) + warpgroup * 64 * 128, k_tile = shared_address(shared.k[k.stage()]);
+        const uint32_t q_tile = shared_address(shared.q) + warpgroup * 64 * 128,
+                       k_tile = shared_address(shared.k[k.stage()]);
         wgmma_fence();
 #pragma unroll
         for (int c = 0; c < C / 16; ++c) {  // 16 channels are 32 bytes of a row, 4 of them a panel
@@ -147,7 +149,8 @@ struct Consumer {
     __device__ __forceinline__ void mask(const Tile& tile, int block) {
         const Band band{args.shape.look_back, args.shape.look_ahead};
         const int column = block * kKeys + lane % 4 * 2;
-        const int place = tile.first_row + warpgroup * 64 + thread / 32 * 16 + lane / 4 + tile.doc.k_len - tile.doc.q_len;
+        const int place =
+            tile.first_row + warpgroup * 64 + thread / 32 * 16 + lane / 4 + tile.doc.k_len - tile.doc.q_len;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const Band::Range seen = band.keys(place + 8 * r, tile.doc.k_len);
@@ -214,8 +217,8 @@ struct Consumer {
         shared.v_full[v.stage()].wait(v.parity());
         if (tail < kKeys) clear_rows(tail);
         for (bool first = true;; first = false) {
-            // NOTE: this wait stands here, not behind the softmax that it follows, because the assembler would move it up
-            // over the softmax; it does not move it over the beginning of a loop.
+            // NOTE: this wait stands here, not behind the softmax that it follows, because the assembler would move it
+            // up over the softmax; it does not move it over the beginning of a loop.
             wgmma_wait<0>(o, p);
             if (!first) release_v();
             pack_bf16(s, p);
@@ -282,10 +285,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     forward_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                    const __grid_constant__ CUtensorMap v_map, const __grid_constant__ Arguments args) {
     extern __shared__ __align__(1024) uint8_t memory[];
-    Shared<C>& shared = *reinterpret_cast<Shared<C>*>(memory);  // no arithmetic: the compiler must see that it is shared
+    // NOTE: no arithmetic on this address: the compiler would lose sight of its being shared, and use slow generic
+    // loads.
+    Shared<C>& shared = *reinterpret_cast<Shared<C>*>(memory);
     if (threadIdx.x == 0) {
         if (shared_address(&shared) % 1024) __trap();  // TMA's and wgmma's swizzle count on it
-        constexpr int kWarps = 8;  // of the two warpgroups that consume
+        constexpr int kWarps = 8;                      // of the two warpgroups that consume
         for (int i = 0; i < 2; ++i) shared.tile_full[i].init(1), shared.tile_empty[i].init(kWarps);
         shared.q_full.init(1), shared.q_empty.init(kWarps);
         for (int i = 0; i < kStages; ++i) {
@@ -328,8 +333,11 @@ void launch(const AttentionForward& args, int device, cudaStream_t stream) {
         map(args.q, shape.num_queries, shape.heads, kRows), map(args.k, shape.num_keys, shape.kv_heads, kKeys),
         map(args.v, shape.num_keys, shape.kv_heads, kKeys), arguments);
     check(cudaGetLastError(), "attention_forward_sm90",
-          {{"queries", shape.num_queries}, {"keys", shape.num_keys}, {"heads", shape.heads},
-           {"kv_heads", shape.kv_heads}, {"head_dim", C}});
+          {{"queries", shape.num_queries},
+           {"keys", shape.num_keys},
+           {"heads", shape.heads},
+           {"kv_heads", shape.kv_heads},
+           {"head_dim", C}});
 }
 
 }  // namespace
@@ -337,9 +345,12 @@ void launch(const AttentionForward& args, int device, cudaStream_t stream) {
 void attention_forward_sm90(const AttentionForward& args, int device, cudaStream_t stream) {
     const OnDevice guard(device);
     switch (args.shape.head_dim) {
-        case 64: return launch<64>(args, device, stream);
-        case 128: return launch<128>(args, device, stream);
-        default: throw std::invalid_argument("head_dim=" + std::to_string(args.shape.head_dim) + " is not in 64, 128");
+        case 64:
+            return launch<64>(args, device, stream);
+        case 128:
+            return launch<128>(args, device, stream);
+        default:
+            throw std::invalid_argument("head_dim=" + std::to_string(args.shape.head_dim) + " is not in 64, 128");
     }
 }
 

@@ -1,8 +1,8 @@
 // The plan of a batch of documents: see attention.cuh for what it holds, and in which order.
 //
-// Two lists, of queries and of keys. One CTA writes one wave of one list, sorted by counting: it finds which heads of which
-// documents are in its wave, counts how many tiles have 1, 2, 3, ... blocks of work, and gives each tile its place. Tiles of
-// equal work come in any order: results do not depend on it.
+// Two lists, of queries and of keys. One CTA writes one wave of one list, sorted by counting: it finds which heads of
+// which documents are in its wave, counts how many tiles have 1, 2, 3, ... blocks of work, and gives each tile its
+// place. Tiles of equal work come in any order: results do not depend on it.
 
 #include "attention.cuh"
 #include "common.cuh"
@@ -63,15 +63,17 @@ __device__ int first_head(int64_t begin, int64_t first, int64_t work, int heads)
     return work == 0 ? 0 : static_cast<int>(min(max((begin - first + work - 1) / work, int64_t(0)), int64_t(heads)));
 }
 
-__global__ void __launch_bounds__(kThreads)
-    plan_kernel(AttentionShape shape, AttentionTiles tile, const int* cu_q, const int* cu_k, int num_processors, int* out) {
-    __shared__ int place[kMaxTiles];  // of the tiles with so many blocks of work, less one: how many; then where the next goes
+__global__ void __launch_bounds__(kThreads) plan_kernel(AttentionShape shape, AttentionTiles tile, const int* cu_q,
+                                                        const int* cu_k, int num_processors, int* out) {
+    __shared__ int
+        place[kMaxTiles];  // of the tiles with so many blocks of work, less one: how many; then where the next goes
     __shared__ int longest;
     const Plan plan(out, shape, tile);
     const bool is_keys = blockIdx.y == 1;
     const List list = is_keys ? List{cu_k, shape.num_documents, shape.num_keys, tile.keys, shape.kv_heads}
                               : List{cu_q, shape.num_documents, shape.num_queries, tile.queries, shape.heads};
-    const int N = shape.num_documents, room = is_keys ? plan.max_key_items(shape, tile) : plan.max_query_items(shape, tile);
+    const int N = shape.num_documents,
+              room = is_keys ? plan.max_key_items(shape, tile) : plan.max_query_items(shape, tile);
     for (int t = threadIdx.x; t < kMaxTiles; t += kThreads) place[t] = 0;
     if (threadIdx.x == 0) longest = 1;
     __syncthreads();
@@ -88,7 +90,8 @@ __global__ void __launch_bounds__(kThreads)
     if (blockIdx.x >= waves) return;
     const int64_t wave_begin = work * blockIdx.x / waves, wave_end = work * (blockIdx.x + 1) / waves;
 
-    // visit(document, its tiles, first head in this wave, end of heads), of every document by a thread; -> items before.
+    // visit(document, its tiles, first head in this wave, end of heads), of every document by a thread; -> items
+    // before.
     const auto for_each_document = [&](auto visit) {
         int64_t begin = 0, items = 0;
         for (int first = 0; first <= N; first += kThreads) {
@@ -106,8 +109,9 @@ __global__ void __launch_bounds__(kThreads)
     const int items_before = for_each_document([&](int i, int tiles, int from, int to) {
         if (to > from) atomicAdd(&place[tiles - 1], to - from);
     });
-    // place[t]: heads whose document has t + 1 tiles -> heads that have a tile with t + 1 blocks of work, which are those
-    // whose document has as many tiles or more -> tiles with more work. Each thread has kTilesOfThread, the last ones first.
+    // place[t]: heads whose document has t + 1 tiles -> heads that have a tile with t + 1 blocks of work, which are
+    // those whose document has as many tiles or more -> tiles with more work. Each thread has kTilesOfThread, the last
+    // ones first.
     const int last = kMaxTiles - 1 - kTilesOfThread * threadIdx.x;
     for (int round = 0; round < 2; ++round) {
         __syncthreads();
@@ -153,9 +157,7 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-int64_t attention_plan_ints(const AttentionShape& shape, AttentionTiles tile) {
-    return Plan::num_ints(shape, tile);
-}
+int64_t attention_plan_ints(const AttentionShape& shape, AttentionTiles tile) { return Plan::num_ints(shape, tile); }
 
 void attention_plan(const AttentionShape& shape, AttentionTiles tile, const int* cu_q, const int* cu_k, int* plan,
                     int device, cudaStream_t stream) {

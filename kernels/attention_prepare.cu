@@ -28,7 +28,8 @@ __device__ float dot(uint4 a, uint4 b) {  // of 8 bf16
     return sum;
 }
 
-__global__ void __launch_bounds__(kThreads) prepare_kernel(const AttentionBackward args, AttentionTiles tile, bool clear_dq_sum, int64_t R) {
+__global__ void __launch_bounds__(kThreads)
+    prepare_kernel(const AttentionBackward args, AttentionTiles tile, bool clear_dq_sum, int64_t R) {
     const AttentionShape& shape = args.shape;
     const Plan plan(const_cast<int*>(args.plan), shape, tile);
     if (blockIdx.x >= plan.num_query_items()) return;
@@ -60,7 +61,8 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const AttentionBackwa
             const int64_t place = int64_t(head) * shape.num_queries + token;
             lse = args.lse[place] * kLog2e;
             if (lse == -INFINITY) lse = INFINITY;  // no key is visible: P is 0
-            for (int step = 1; step < kLanes; step *= 2) delta += __shfl_xor_sync(0xffu << (threadIdx.x % 32 & ~7), delta, step);
+            for (int step = 1; step < kLanes; step *= 2)
+                delta += __shfl_xor_sync(0xffu << (threadIdx.x % 32 & ~7), delta, step);
             if (args.d_lse) delta -= args.d_lse[place];
         }
         if (lane == 0) {

@@ -59,8 +59,7 @@ PYBIND11_MODULE(kernels, m) {
                                        head_dim,    look_back, look_ahead,    scale};
              }),
              py::kw_only(), py::arg("num_queries"), py::arg("num_keys"), py::arg("num_documents"), py::arg("heads"),
-             py::arg("kv_heads"), py::arg("head_dim"), py::arg("look_back"),
-             py::arg("look_ahead"), py::arg("scale"))
+             py::arg("kv_heads"), py::arg("head_dim"), py::arg("look_back"), py::arg("look_ahead"), py::arg("scale"))
         .def_readonly("num_queries", &AttentionShape::num_queries)
         .def_readonly("num_keys", &AttentionShape::num_keys)
         .def_readonly("heads", &AttentionShape::heads)
@@ -69,8 +68,9 @@ PYBIND11_MODULE(kernels, m) {
         return Packed{pointer<void>(data), row_stride, head_stride};
     }));
     m.attr("UNBOUNDED") = minitrain::kUnbounded;
-    m.def("capture_id", [](uintptr_t stream) { return minitrain::capture_id(stream_of(stream)); },
-          "Number of the CUDA graph capture that the stream is in, 0 if it is in none.");
+    m.def(
+        "capture_id", [](uintptr_t stream) { return minitrain::capture_id(stream_of(stream)); },
+        "Number of the CUDA graph capture that the stream is in, 0 if it is in none.");
     m.def("attention_tiles", [](int head_dim, bool hopper) {
         const auto tiles = minitrain::attention_tiles(head_dim, hopper);
         return Tiles(tiles.queries, tiles.keys);
@@ -91,8 +91,8 @@ PYBIND11_MODULE(kernels, m) {
         "attention_forward",
         [](const AttentionShape& shape, uintptr_t plan, Packed q, Packed k, Packed v, uintptr_t out, uintptr_t lse,
            bool hopper, int device, uintptr_t stream) {
-            const minitrain::AttentionForward args = {shape, pointer<int>(plan), q, k, v, pointer<void>(out),
-                                                      pointer<float>(lse)};
+            const minitrain::AttentionForward args = {
+                shape, pointer<int>(plan), q, k, v, pointer<void>(out), pointer<float>(lse)};
 #if MINITRAIN_SM90
             if (hopper) return minitrain::attention_forward_sm90(args, device, stream_of(stream));
 #endif
@@ -107,10 +107,22 @@ PYBIND11_MODULE(kernels, m) {
         [](const AttentionShape& shape, uintptr_t plan, Packed q, Packed k, Packed v, Packed out, Packed d_out,
            uintptr_t lse, uintptr_t d_lse, uintptr_t dq, uintptr_t dk, uintptr_t dv, uintptr_t rows, uintptr_t dq_sum,
            uintptr_t turns, bool deterministic, bool hopper, int device, uintptr_t stream) {
-            const minitrain::AttentionBackward args = {
-                shape, pointer<int>(plan), q, k, v, out, d_out, pointer<float>(lse), pointer<float>(d_lse),
-                pointer<void>(dq), pointer<void>(dk), pointer<void>(dv), pointer<float>(rows), pointer<float>(dq_sum),
-                pointer<int>(turns), deterministic};
+            const minitrain::AttentionBackward args = {shape,
+                                                       pointer<int>(plan),
+                                                       q,
+                                                       k,
+                                                       v,
+                                                       out,
+                                                       d_out,
+                                                       pointer<float>(lse),
+                                                       pointer<float>(d_lse),
+                                                       pointer<void>(dq),
+                                                       pointer<void>(dk),
+                                                       pointer<void>(dv),
+                                                       pointer<float>(rows),
+                                                       pointer<float>(dq_sum),
+                                                       pointer<int>(turns),
+                                                       deterministic};
 #if MINITRAIN_SM90
             if (hopper) return minitrain::attention_backward_sm90(args, device, stream_of(stream));
 #endif
@@ -119,5 +131,6 @@ PYBIND11_MODULE(kernels, m) {
         },
         py::arg("shape"), py::arg("plan"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("d_out"),
         py::arg("lse"), py::arg("d_lse"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("rows"),
-        py::arg("dq_sum"), py::arg("turns"), py::arg("deterministic"), py::arg("hopper"), py::arg("device"), py::arg("stream"));
+        py::arg("dq_sum"), py::arg("turns"), py::arg("deterministic"), py::arg("hopper"), py::arg("device"),
+        py::arg("stream"));
 }

@@ -1,8 +1,8 @@
 // Hopper's asynchronous instructions, each wrapped once: mbarriers, TMA, wgmma, named barriers, register budgets.
 //
 // Shared-memory addresses are 32-bit integers, as the instructions want them. A tile of R rows of C bf16 lies in panels
-// of 64 columns, one after the other: [C / 64][R][64], each row of 128 bytes swizzled by 16-byte chunks (chunk ^= row % 8),
-// which is what TMA writes and wgmma reads in their 128-byte mode. Tiles begin at multiples of 1024 bytes.
+// of 64 columns, one after the other: [C / 64][R][64], each row of 128 bytes swizzled by 16-byte chunks (chunk ^= row %
+// 8), which is what TMA writes and wgmma reads in their 128-byte mode. Tiles begin at multiples of 1024 bytes.
 #pragma once
 
 #include <cuda.h>
@@ -66,7 +66,9 @@ struct Mbarrier {
         asm volatile(
             "{\n.reg .pred done;\n"
             "again%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-            "@!done bra again%=;\n}" ::"r"(address()), "r"(parity) : "memory");
+            "@!done bra again%=;\n}" ::"r"(address()),
+            "r"(parity)
+            : "memory");
     }
 };
 // After the inits, before the CTA's barrier: the copy engine sees them too.
@@ -93,21 +95,28 @@ MINITRAIN_DEVICE void prefetch_map(const CUtensorMap* map) {
 // Rows row .. row + box of one head, all channels, into a tile; the bytes count on `full`. Rows past the end are zeros.
 MINITRAIN_DEVICE void load_tile(uint32_t tile, const CUtensorMap* map, Mbarrier& full, int row, int head) {
     asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %3, %5}], "
-        "[%2];" ::"r"(tile), "l"(map), "r"(full.address()), "r"(0), "r"(row), "r"(head) : "memory");
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %3, "
+        "%5}], "
+        "[%2];" ::"r"(tile),
+        "l"(map), "r"(full.address()), "r"(0), "r"(row), "r"(head)
+        : "memory");
 }
 MINITRAIN_DEVICE void load_bytes(void* to, const void* from, uint32_t bytes, Mbarrier& full) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     shared_address(to)), "l"(from), "r"(bytes), "r"(full.address()) : "memory");
+                     shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(full.address())
+                 : "memory");
 }
 // to[i] = from[i] if it is the first, else to[i] += from[i], fp32, in global memory: one group to wait for.
 MINITRAIN_DEVICE void write_sum(float* to, const float* from, uint32_t bytes, bool is_first) {
     if (is_first) {
         asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)),
-                     "r"(bytes) : "memory");
+                     "r"(bytes)
+                     : "memory");
     } else {
         asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
-                     "r"(shared_address(from)), "r"(bytes) : "memory");
+                     "r"(shared_address(from)), "r"(bytes)
+                     : "memory");
     }
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
@@ -122,11 +131,12 @@ MINITRAIN_DEVICE void wait_bulk() {
     asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four 8 x 8 matrices of bf16 to shared memory: lane l gives the address of row l % 8 of matrix l / 8, and holds in x[i]
-// columns 2 (l % 4), 2 (l % 4) + 1 of row l / 4 of matrix i.
+// Four 8 x 8 matrices of bf16 to shared memory: lane l gives the address of row l % 8 of matrix l / 8, and holds in
+// x[i] columns 2 (l % 4), 2 (l % 4) + 1 of row l / 4 of matrix i.
 MINITRAIN_DEVICE void store_matrices(uint32_t row, const uint32_t* x) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(x[0]), "r"(x[1]),
-                 "r"(x[2]), "r"(x[3]) : "memory");
+                 "r"(x[2]), "r"(x[3])
+                 : "memory");
 }
 
 // ---- wgmma: a warpgroup multiplies 64 x 16 by 16 x N into fp32 registers
@@ -134,8 +144,8 @@ MINITRAIN_DEVICE void store_matrices(uint32_t row, const uint32_t* x) {
 // Accumulator: thread t holds, for i in 0 .. N / 2, row 16 * (t / 32) + (t % 32) / 4 + 8 * (i / 2 % 2),
 // column 8 * (i / 4) + 2 * (t % 4) + i % 2. Packed to bf16 in pairs, the registers of 16 columns are an A operand.
 
-// A matrix in shared memory, 8 rows in 1024 bytes. panels_apart: bytes from one panel of 64 columns to the next, used if the
-// operand is transposed: read along its columns.
+// A matrix in shared memory, 8 rows in 1024 bytes. panels_apart: bytes from one panel of 64 columns to the next, used
+// if the operand is transposed: read along its columns.
 MINITRAIN_DEVICE uint64_t descriptor(uint32_t address, uint32_t panels_apart = 16) {
     return uint64_t((address & 0x3FFFF) >> 4) | (uint64_t(panels_apart >> 4) << 16) | (uint64_t(1024 >> 4) << 32) |
            (uint64_t(1) << 62);
@@ -162,15 +172,15 @@ MINITRAIN_DEVICE void wgmma_wait(Registers&... done) {
     (pin(done), ...);
 }
 
-// D (+)= A B, A in shared memory (ss) or registers (rs). kTransA: A is stored as [16][64], kTransB: B as [16][N]; else they
-// are stored as [64][16] and [N][16]. accumulate = false: D = A B.
+// D (+)= A B, A in shared memory (ss) or registers (rs). kTransA: A is stored as [16][64], kTransB: B as [16][N]; else
+// they are stored as [64][16] and [N][16]. accumulate = false: D = A B.
 template <int N>
 struct Wgmma;
 
 #define MINITRAIN_R0_9 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9"
 #define MINITRAIN_R(ten) \
     "%" #ten "0,%" #ten "1,%" #ten "2,%" #ten "3,%" #ten "4,%" #ten "5,%" #ten "6,%" #ten "7,%" #ten "8,%" #ten "9"
-#define MINITRAIN_D8(i)                                                                                             \
+#define MINITRAIN_D8(i)                                                                                         \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
         "+f"(d[i + 7])
 #define MINITRAIN_D16(i) MINITRAIN_D8(i), MINITRAIN_D8(i + 8)
@@ -178,26 +188,28 @@ struct Wgmma;
 #define MINITRAIN_D64(i) MINITRAIN_D32(i), MINITRAIN_D32(i + 32)
 
 // REGISTERS: the numbers of the N / 2 operands D; I0 .. I6: those of the inputs, which follow them.
-#define MINITRAIN_WGMMA(N, REGISTERS, D, I0, I1, I2, I3, I4, I5, I6)                                                 \
-    template <>                                                                                                     \
-    struct Wgmma<N> {                                                                                               \
-        template <bool kTransA, bool kTransB>                                                                       \
-        static MINITRAIN_DEVICE void ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {               \
-            asm volatile("{.reg .pred p; setp.ne.b32 p, " I2 ", 0;\n"                                               \
-                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" REGISTERS "}, " I0 ", " I1     \
-                         ", p, 1, 1, " I3 ", " I4 ";}"                                                              \
-                         : D                                                                                        \
-                         : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(kTransA)), "n"(int(kTransB)));             \
-        }                                                                                                           \
-        template <bool kTransB>                                                                                     \
-        static MINITRAIN_DEVICE void rs(float (&d)[N / 2], const uint32_t* a, uint64_t b, bool accumulate) {        \
-            asm volatile("{.reg .pred p; setp.ne.b32 p, " I5 ", 0;\n"                                               \
-                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" REGISTERS "}, {" I0 "," I1     \
-                         "," I2 "," I3 "}, " I4 ", p, 1, 1, " I6 ";}"                                               \
-                         : D                                                                                        \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)),                \
-                           "n"(int(kTransB)));                                                                      \
-        }                                                                                                           \
+#define MINITRAIN_WGMMA(N, REGISTERS, D, I0, I1, I2, I3, I4, I5, I6)                                             \
+    template <>                                                                                                  \
+    struct Wgmma<N> {                                                                                            \
+        template <bool kTransA, bool kTransB>                                                                    \
+        static MINITRAIN_DEVICE void ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {            \
+            asm volatile("{.reg .pred p; setp.ne.b32 p, " I2                                                     \
+                         ", 0;\n"                                                                                \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" REGISTERS "}, " I0 ", " I1 \
+                         ", p, 1, 1, " I3 ", " I4 ";}"                                                           \
+                         : D                                                                                     \
+                         : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(kTransA)), "n"(int(kTransB)));          \
+        }                                                                                                        \
+        template <bool kTransB>                                                                                  \
+        static MINITRAIN_DEVICE void rs(float (&d)[N / 2], const uint32_t* a, uint64_t b, bool accumulate) {     \
+            asm volatile("{.reg .pred p; setp.ne.b32 p, " I5                                                     \
+                         ", 0;\n"                                                                                \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" REGISTERS "}, {" I0 "," I1 \
+                         "," I2 "," I3 "}, " I4 ", p, 1, 1, " I6 ";}"                                            \
+                         : D                                                                                     \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)),             \
+                           "n"(int(kTransB)));                                                                   \
+        }                                                                                                        \
     }
 
 MINITRAIN_WGMMA(32, MINITRAIN_R0_9 ",%10,%11,%12,%13,%14,%15", MINITRAIN_D16(0),  //
@@ -229,14 +241,20 @@ MINITRAIN_DEVICE void pack_bf16(const float (&from)[N], uint32_t (&to)[N / 2]) {
     for (int i = 0; i < N / 2; ++i) to[i] = pack_bf16(from[2 * i], from[2 * i + 1]);
 }
 
-// Four threads hold a row's 8 columns of four groups, 2 columns each: x[g] of thread t is columns 2t, 2t + 1 of group g.
-// Then thread t holds all 8 columns of group t, in order: 16 bytes to store at once.
+// Four threads hold a row's 8 columns of four groups, 2 columns each: x[g] of thread t is columns 2t, 2t + 1 of group
+// g. Then thread t holds all 8 columns of group t, in order: 16 bytes to store at once.
 MINITRAIN_DEVICE uint4 gather_group(uint32_t x0, uint32_t x1, uint32_t x2, uint32_t x3) {
     const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
     uint32_t a = __shfl_xor_sync(~0u, odd ? x0 : x1, 1), b = __shfl_xor_sync(~0u, odd ? x2 : x3, 1);
-    if (odd) x0 = a, x2 = b; else x1 = a, x3 = b;
+    if (odd)
+        x0 = a, x2 = b;
+    else
+        x1 = a, x3 = b;
     a = __shfl_xor_sync(~0u, upper ? x0 : x2, 2), b = __shfl_xor_sync(~0u, upper ? x1 : x3, 2);
-    if (upper) x0 = a, x1 = b; else x2 = a, x3 = b;
+    if (upper)
+        x0 = a, x1 = b;
+    else
+        x2 = a, x3 = b;
     return {x0, x1, x2, x3};
 }
 
@@ -255,16 +273,16 @@ inline CUtensorMap tensor_map(const Packed& x, int rows, int heads, int head_dim
         return reinterpret_cast<Encode>(found);
     }();
     const cuuint64_t sizes[] = {64, cuuint64_t(rows), cuuint64_t(head_dim / 64), cuuint64_t(heads)};
-    const cuuint64_t strides[] = {cuuint64_t(x.row_stride) * 2, 128, cuuint64_t(x.head_stride) * 2};  // bytes, but dim 0
+    const cuuint64_t strides[] = {cuuint64_t(x.row_stride) * 2, 128,
+                                  cuuint64_t(x.head_stride) * 2};  // bytes, but dim 0
     const cuuint32_t box[] = {64, cuuint32_t(box_rows), cuuint32_t(head_dim / 64), 1}, steps[] = {1, 1, 1, 1};
     CUtensorMap map;
-    const CUresult error =
-        encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, x.data, sizes, strides, box, steps,
-               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const CUresult error = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, x.data, sizes, strides, box, steps,
+                                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (error != CUDA_SUCCESS) {
-        throw std::runtime_error("cuTensorMapEncodeTiled(rows=" + std::to_string(rows) + ", heads=" +
-                                 std::to_string(heads) + ", row_stride=" + std::to_string(x.row_stride) +
+        throw std::runtime_error("cuTensorMapEncodeTiled(rows=" + std::to_string(rows) +
+                                 ", heads=" + std::to_string(heads) + ", row_stride=" + std::to_string(x.row_stride) +
                                  "): CUresult " + std::to_string(error));
     }
     return map;

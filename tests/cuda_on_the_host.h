@@ -19,8 +19,12 @@
 #define __launch_bounds__(...)
 using std::max;
 using std::min;
-struct int2 { int x, y; };
-struct int4 { int x, y, z, w; };
+struct int2 {
+    int x, y;
+};
+struct int4 {
+    int x, y, z, w;
+};
 struct dim3 {
     unsigned x, y, z;
     dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -62,7 +66,11 @@ struct Barrier {
     int arrived = 0, round = 0;
     void wait(int count) {
         const int before = round;
-        if (++arrived == count) { arrived = 0; ++round; return; }
+        if (++arrived == count) {
+            arrived = 0;
+            ++round;
+            return;
+        }
         while (round == before)
             if (!_setjmp(fibers[threadIdx.x].here)) _longjmp(scheduler, 1);
     }
