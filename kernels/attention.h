@@ -39,7 +39,7 @@ struct AttentionTiles {
 
 struct AttentionForward {
     AttentionShape shape;
-    const int* plan;
+    int* plan;
     Packed q, k, v;
     void* out;   // (T, H, C) bf16; rows outside of all documents become 0
     float* lse;  // (H, T): natural logarithm of the sum of exp(score); -inf where a query sees no key
@@ -47,7 +47,7 @@ struct AttentionForward {
 
 struct AttentionBackward {
     AttentionShape shape;
-    const int* plan;
+    int* plan;
     Packed q, k, v, out, d_out;
     const float* lse;    // (H, T)
     const float* d_lse;  // (H, T), or null for zeros
@@ -63,8 +63,9 @@ struct AttentionBackward {
 AttentionTiles attention_tiles(int head_dim, bool hopper);
 
 // The plan of a batch of documents: made once, used by every layer and both passes. It depends on T, S, N, H and K.
-// cu_q and cu_k (N + 1,) int32; what decreases or exceeds T or S is cut off. plan: attention_plan_ints(...) ints,
-// aligned to 16 bytes.
+// cu_q and cu_k (N + 1,) int32; if one of them does not begin at 0, decreases or exceeds its rows, there are no
+// documents: all rows are outside of them. plan: attention_plan_ints(...) ints, aligned to 16 bytes. At most 8,192
+// tiles of rows.
 int64_t attention_plan_ints(const AttentionShape& shape, AttentionTiles tiles);
 void attention_plan(const AttentionShape& shape, AttentionTiles tiles, const int* cu_q, const int* cu_k, int* plan,
                     int device, cudaStream_t stream);

@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(Backward<C, kStages>::kThreads, 8 / Backward<C
     extern __shared__ __align__(128) char shared[];
     __shared__ Work work;
     const AttentionShape& shape = args.shape;
-    const Plan plan(const_cast<int*>(args.plan), shape, attention_tiles_sm80(C));
+    const Plan plan(args.plan, shape, attention_tiles_sm80(C));
     const int num_items = plan.num_key_items();
     if (blockIdx.x >= num_items) return;
     const Band band = {shape.look_back, shape.look_ahead};
@@ -275,7 +275,7 @@ template <int C>
 __global__ void __launch_bounds__(kFinishThreads) finish_kernel(AttentionBackward args, int padded_rows) {
     constexpr int kRows = attention_tiles_sm80(C).queries, kStrips = C / 32;
     const AttentionShape& shape = args.shape;
-    const Plan plan(const_cast<int*>(args.plan), shape, attention_tiles_sm80(C));
+    const Plan plan(args.plan, shape, attention_tiles_sm80(C));
     if (blockIdx.x >= plan.num_query_items()) return;
     const Item item = plan.query_items[blockIdx.x];
     const Document doc = plan.documents[item.document];

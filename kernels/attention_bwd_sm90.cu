@@ -534,7 +534,7 @@ template <int C>
 void launch(const AttentionBackward& args, int device, cudaStream_t stream) {
     const AttentionShape& shape = args.shape;
     const AttentionShape* s = &shape;
-    int* plan = const_cast<int*>(args.plan);
+    int* plan = args.plan;
     const int padded_rows = static_cast<int>(attention_padded_rows(shape));
     const Arguments arguments = {shape,
                                  plan,

@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(AttentionForward a
     extern __shared__ __align__(128) char shared[];
     __shared__ Work work;
     const AttentionShape& shape = args.shape;
-    const Plan plan(const_cast<int*>(args.plan), shape, attention_tiles_sm80(C));
+    const Plan plan(args.plan, shape, attention_tiles_sm80(C));
     if (blockIdx.x >= plan.num_query_items()) return;
 
     const Band band = {shape.look_back, shape.look_ahead};

@@ -325,7 +325,7 @@ template <int C>
 void launch(const AttentionForward& args, int device, cudaStream_t stream) {
     const AttentionShape& shape = args.shape;
     const auto map = [&](const Packed& x, int rows, int heads, int box) { return tensor_map(x, rows, heads, C, box); };
-    const Arguments arguments = {shape, const_cast<int*>(args.plan), static_cast<__nv_bfloat16*>(args.out), args.lse};
+    const Arguments arguments = {shape, args.plan, static_cast<__nv_bfloat16*>(args.out), args.lse};
     constexpr int kBytes = sizeof(Shared<C>);
     check(cudaFuncSetAttribute(forward_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
           "cudaFuncSetAttribute");

@@ -13,15 +13,8 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kMaxWaves = 64;
-constexpr int kMaxTiles = 8192;  // of a document
+constexpr int kMaxTiles = 8192;  // of all rows
 constexpr int kTilesOfThread = kMaxTiles / kThreads;
-
-// Rows begin .. begin + len of document i, cut off at what is there; the last document is what no other holds.
-__device__ int2 rows_of(const int* cu, int i, int num_documents, int num_rows) {
-    const int begin = min(max(cu[i], 0), num_rows);
-    const int end = i < num_documents ? min(max(cu[i + 1], begin), num_rows) : num_rows;
-    return {begin, end - begin};
-}
 
 // Sums over the CTA: of all threads, and of those before this one.
 struct Sums {
@@ -51,7 +44,19 @@ struct List {
     const int* cu;
     int num_documents, num_rows, tile, heads;
 
-    __device__ int2 rows(int i) const { return rows_of(cu, i, num_documents, num_rows); }
+    // Whether cu begins at 0, never decreases, and ends within the rows. All of the CTA.
+    __device__ bool is_valid() const {
+        int wrong = 0;
+        for (int i = threadIdx.x; i <= num_documents; i += kThreads) {
+            wrong += i == 0 ? cu[0] != 0 : cu[i] < cu[i - 1] || cu[i] > num_rows;
+        }
+        return sum_over_cta(wrong).all == 0;
+    }
+    // Begin and number of document i's rows; the last document has those that no other has.
+    __device__ int2 rows(int i) const {
+        const int begin = cu ? cu[i] : 0, end = i == num_documents ? num_rows : cu ? cu[i + 1] : 0;
+        return {begin, end - begin};
+    }
     __device__ int tiles(int i) const { return i <= num_documents ? (rows(i).y + tile - 1) / tile : 0; }
 };
 
@@ -65,15 +70,15 @@ __device__ int first_head(int64_t begin, int64_t first, int64_t work, int heads)
 
 __global__ void __launch_bounds__(kThreads) plan_kernel(AttentionShape shape, AttentionTiles tile, const int* cu_q,
                                                         const int* cu_k, int num_processors, int* out) {
-    __shared__ int
-        place[kMaxTiles];  // of the tiles with so many blocks of work, less one: how many; then where the next goes
+    __shared__ int place[kMaxTiles];  // [t]: of tiles with t + 1 blocks of work: how many; then where the next one goes
     __shared__ int longest;
     const Plan plan(out, shape, tile);
     const bool is_keys = blockIdx.y == 1;
-    const List list = is_keys ? List{cu_k, shape.num_documents, shape.num_keys, tile.keys, shape.kv_heads}
-                              : List{cu_q, shape.num_documents, shape.num_queries, tile.queries, shape.heads};
-    const int N = shape.num_documents,
-              room = is_keys ? plan.max_key_items(shape, tile) : plan.max_query_items(shape, tile);
+    const int N = shape.num_documents;
+    const List of_queries = {cu_q, N, shape.num_queries, tile.queries, shape.heads};
+    const List of_keys = {cu_k, N, shape.num_keys, tile.keys, shape.kv_heads};
+    List list = is_keys ? of_keys : of_queries;
+    if (!of_queries.is_valid() || !of_keys.is_valid()) list.cu = nullptr;  // no documents: all rows are outside of them
     for (int t = threadIdx.x; t < kMaxTiles; t += kThreads) place[t] = 0;
     if (threadIdx.x == 0) longest = 1;
     __syncthreads();
@@ -90,8 +95,8 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(AttentionShape shape, At
     if (blockIdx.x >= waves) return;
     const int64_t wave_begin = work * blockIdx.x / waves, wave_end = work * (blockIdx.x + 1) / waves;
 
-    // visit(document, its tiles, first head in this wave, end of heads), of every document by a thread; -> items
-    // before.
+    // visit(document, its tiles, first head in this wave, end of heads), of every document by one thread.
+    // -> items of the waves before.
     const auto for_each_document = [&](auto visit) {
         int64_t begin = 0, items = 0;
         for (int first = 0; first <= N; first += kThreads) {
@@ -109,9 +114,8 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(AttentionShape shape, At
     const int items_before = for_each_document([&](int i, int tiles, int from, int to) {
         if (to > from) atomicAdd(&place[tiles - 1], to - from);
     });
-    // place[t]: heads whose document has t + 1 tiles -> heads that have a tile with t + 1 blocks of work, which are
-    // those whose document has as many tiles or more -> tiles with more work. Each thread has kTilesOfThread, the last
-    // ones first.
+    // place[t]: heads of documents of t + 1 tiles -> tiles with t + 1 blocks of work, one of each head of a document of
+    // as many tiles or more -> tiles with more work. Each thread has kTilesOfThread, the last ones first.
     const int last = kMaxTiles - 1 - kTilesOfThread * threadIdx.x;
     for (int round = 0; round < 2; ++round) {
         __syncthreads();
@@ -132,7 +136,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(AttentionShape shape, At
             const int begin = __shfl_sync(~0u, from, lane), heads = __shfl_sync(~0u, to, lane) - begin;
             for (int t = threadIdx.x % 32; heads > 0 && t < n; t += 32) {
                 const int first = items_before + atomicAdd(&place[t], heads);
-                for (int h = 0; h < heads && first + h < room; ++h) {  // documents that overlap could need more room
+                for (int h = 0; h < heads; ++h) {
                     items[first + h] = {document, is_keys ? n - 1 - t : t, begin + h};
                 }
             }
@@ -150,7 +154,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(AttentionShape shape, At
         (is_keys ? plan.documents[i].k_len : plan.documents[i].q_len) = rows.y;
     }
     if (threadIdx.x == 0) {
-        plan.header[is_keys] = static_cast<int>(min(all, int64_t(room)));
+        plan.header[is_keys] = static_cast<int>(all);
         plan.header[2 + is_keys] = 0;
     }
 }
@@ -161,9 +165,13 @@ int64_t attention_plan_ints(const AttentionShape& shape, AttentionTiles tile) { 
 
 void attention_plan(const AttentionShape& shape, AttentionTiles tile, const int* cu_q, const int* cu_k, int* plan,
                     int device, cudaStream_t stream) {
-    for (const int rows : {shape.num_queries / tile.queries, shape.num_keys / tile.keys}) {
-        if (rows >= kMaxTiles) throw std::invalid_argument("more than " + std::to_string(kMaxTiles) + " tiles of rows");
-    }
+    const auto check_rows = [](const char* what, int rows, int tile) {
+        if (rows <= kMaxTiles * tile) return;
+        throw std::invalid_argument(std::to_string(rows) + " rows of " + what + " are more than " +
+                                    std::to_string(kMaxTiles * tile));
+    };
+    check_rows("q", shape.num_queries, tile.queries);
+    check_rows("k and v", shape.num_keys, tile.keys);
     const OnDevice guard(device);
     plan_kernel<<<dim3(kMaxWaves, 2), kThreads, 0, stream>>>(shape, tile, cu_q, cu_k, num_processors(device), plan);
     check(cudaGetLastError(), "attention_plan",

@@ -31,7 +31,7 @@ __device__ float dot(uint4 a, uint4 b) {  // of 8 bf16
 __global__ void __launch_bounds__(kThreads)
     prepare_kernel(const AttentionBackward args, AttentionTiles tile, bool clear_dq_sum, int64_t R) {
     const AttentionShape& shape = args.shape;
-    const Plan plan(const_cast<int*>(args.plan), shape, tile);
+    const Plan plan(args.plan, shape, tile);
     if (blockIdx.x >= plan.num_query_items()) return;
     const Item item = plan.query_items[blockIdx.x];
     const Document doc = plan.documents[item.document];

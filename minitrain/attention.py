@@ -83,6 +83,12 @@ class Facts(NamedTuple):
 
 def why_not(name: str, facts: Facts) -> str | None:
     """Why this backend cannot run here, or None if it can."""
+    if name == "native":
+        from minitrain import fused_attention  # on use only: who reads the models need not read it
+
+        return fused_attention.why_not(facts.device, facts.dtype, facts.head_dim)
+    if name == "xformers" and torch.are_deterministic_algorithms_enabled():
+        return "its backward is not deterministic"
     half = facts.dtype in (torch.bfloat16, torch.float16)
     if name in ("sdpa", "xformers") and facts.window:
         return "it has no sliding window for packed documents"
@@ -99,10 +105,6 @@ def why_not(name: str, facts: Facts) -> str | None:
         return reason
     if name == "flex" and facts.device != "cuda":
         return f"it has no backward on {facts.device}"
-    if name == "native":
-        from minitrain import fused_attention
-
-        return fused_attention.why_not(facts.device, facts.dtype, facts.head_dim)
     if name == "flex" and facts.head_dim & (facts.head_dim - 1):
         return f"head dim {facts.head_dim} is not a power of two"
     return None
@@ -130,7 +132,8 @@ def choose(
 ) -> str:
     """The backend's name, "auto" resolved. ValueError if there is none of that name, or why it cannot run.
 
-    auto takes the first that can run of a list ordered by measured speed (benchmarks/), and says once which.
+    auto takes the first that can run of a list, our own kernels and then by measured speed (benchmarks/); it says once
+    which.
     """
     facts = Facts(device, dtype, head_dim, equal_lengths, window)
     if backend != "auto":
@@ -272,9 +275,8 @@ def flash_attn(q_THC, k_SKC, v_SKC, cu_q, cu_k, max_seqlen, window):
     from flash_attn import flash_attn_varlen_func
 
     look_back = (-1 if window is None else window, 0)
-    return flash_attn_varlen_func(
-        q_THC, k_SKC, v_SKC, cu_q, cu_k, max_seqlen, max_seqlen, causal=True, window_size=look_back
-    )
+    options = {"window_size": look_back, "deterministic": torch.are_deterministic_algorithms_enabled()}
+    return flash_attn_varlen_func(q_THC, k_SKC, v_SKC, cu_q, cu_k, max_seqlen, max_seqlen, causal=True, **options)
 
 
 def xformers(q_THC, k_SKC, v_SKC, cu_q, cu_k, max_seqlen, window):

@@ -10,6 +10,7 @@ Dimensions as in attention.py: T queries, S keys, H query heads, K key/value hea
 
 import functools
 import importlib.util
+import itertools
 
 import torch
 from torch import Tensor
@@ -20,7 +21,6 @@ else:  # built without nvcc
     kernels = None
 
 HEAD_DIMS = {"hopper": (64, 128), "portable": (64, 96, 128, 192, 256)}
-_UNBOUNDED = 1 << 29  # a window without an end; kUnbounded of kernels/attention.h
 
 
 def fused_attention(
@@ -41,10 +41,10 @@ def fused_attention(
 
     q (T, H, C), k and v (S, K, C): bf16 on one CUDA device, K divides H, C of HEAD_DIMS; slices of one packed qkv are
     read in place, what the kernels cannot address is copied. cu_seqlens_* (N + 1,) int32, the same N: document i is
-    rows cu[i] : cu[i + 1]; rows past the last entry belong to no document, their out is 0. The host does not look at
-    them: check_documents does, and waits. max_seqlen: not needed, here for attention()'s signature.
+    rows cu[i] : cu[i + 1], from 0 on; rows past the last entry belong to no document, their out is 0. The host does not
+    look at them: check_documents does, and waits. max_seqlen: not needed, here for attention()'s signature.
     causal: query i of n sees key j of m iff j <= i + m - n (else every key of its document); window: and iff
-    j >= i + m - n - window. scale: of the scores, C**-0.5 if None.
+    j >= i + m - n - window. scale: of the scores, positive, C**-0.5 if None.
     lse: log of the sum of exp(score), natural, -inf where a query sees nothing (its out is 0). For merge.
     deterministic: dq too is summed in a fixed order, at some cost; all else always is. The same bits in every run.
     kernel: "hopper" (capability 9.0), "portable" (8.0 and later), or "auto", the faster one that can run.
@@ -57,8 +57,8 @@ def fused_attention(
     if scale is not None and not scale > 0:
         raise ValueError(f"fused_attention: scale={scale} is not positive")
     hopper = _is_hopper(kernel, q_THC.device.type, q_THC.device.index, q_THC.dtype, C)
-    look_back = _UNBOUNDED if window is None else min(window, _UNBOUNDED)
-    look_ahead = 0 if causal else _UNBOUNDED
+    look_back = kernels.UNBOUNDED if window is None else min(window, kernels.UNBOUNDED)
+    look_ahead = 0 if causal else kernels.UNBOUNDED
     scale = C**-0.5 if scale is None else scale
     return torch.ops.minitrain.attention_fwd(
         q_THC, k_SKC, v_SKC, cu_seqlens_q, cu_seqlens_k, look_back, look_ahead, scale, deterministic, hopper
@@ -81,16 +81,21 @@ def merge(out_a_THC: Tensor, lse_a_HT: Tensor, out_b_THC: Tensor, lse_b_HT: Tens
 
 
 def check_documents(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_queries: int, num_keys: int) -> None:
-    """ValueError if an entry is negative, less than the one before, or beyond the rows that there are. Waits."""
+    """ValueError if they do not begin at 0, decrease, or go beyond the rows that there are. Waits for the device.
+
+    The kernels find no document at all in such: out is 0.
+    """
     for name, cu, rows in (("cu_seqlens_q", cu_seqlens_q, num_queries), ("cu_seqlens_k", cu_seqlens_k, num_keys)):
         ends = cu.tolist()
-        for i, (before, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        if ends[0] != 0:
+            raise ValueError(f"{name}[0] = {ends[0]} is not 0, where the first document begins")
+        for i, (before, end) in enumerate(itertools.pairwise(ends), 1):
             if not before <= end <= rows:
                 raise ValueError(f"{name}[{i}] = {end} is not in {before} .. {rows}, the entry before and the rows")
 
 
-def why_not(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why the kernels cannot take such tensors here, or None if they can."""
+def why_not(device_type: str, dtype: torch.dtype, head_dim: int, device: int | None = None) -> str | None:
+    """Why the kernels cannot take such tensors on this GPU (None: the current one), or None if they can."""
     if kernels is None:
         return "the CUDA extension is not built: it needs nvcc when minitrain is installed"
     if device_type != "cuda" or not torch.cuda.is_available():
@@ -99,7 +104,7 @@ def why_not(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
         return f"it takes bfloat16, not {dtype}"
     if head_dim not in HEAD_DIMS["portable"]:
         return f"head dim {head_dim} is none of {', '.join(map(str, HEAD_DIMS['portable']))}"
-    capability = torch.cuda.get_device_capability()
+    capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0) or ("80" not in kernels.archs.split(";") and capability != (9, 0)):
         return f"it was built for {kernels.archs}, and this GPU has compute capability {capability[0]}.{capability[1]}"
     return None
@@ -108,7 +113,7 @@ def why_not(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
 @torch.compiler.assume_constant_result  # a compiled caller sees the answer, not how it was found
 def _is_hopper(kernel: str, device_type: str, device: int | None, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether Hopper's kernels are to be used, not the portable ones. ValueError if what is asked for cannot run."""
-    if reason := why_not(device_type, dtype, head_dim):
+    if reason := why_not(device_type, dtype, head_dim, device):
         raise ValueError(f"fused_attention: {reason}")
     if kernel not in ("auto", *HEAD_DIMS):
         raise ValueError(f"fused_attention: kernel={kernel!r} is unknown; there are: auto, {', '.join(HEAD_DIMS)}")
@@ -129,7 +134,7 @@ def _check_tensors(q, k, v, cu_q, cu_k):
             raise ValueError(f"fused_attention: {name} is {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}")
     if k.shape != v.shape or k.shape[-1] != q.shape[-1]:
         raise ValueError(f"fused_attention: shapes differ: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
-    if not k.shape[1] or q.shape[1] % k.shape[1]:
+    if not q.shape[1] or not k.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(f"fused_attention: {q.shape[1]} query heads are no multiple of {k.shape[1]} key/value heads")
     for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
         if cu.ndim != 1 or cu.dtype != torch.int32 or cu.device != q.device or not 0 < len(cu) == len(cu_q):
@@ -257,9 +262,12 @@ attention_fwd.register_autograd(_differentiate, setup_context=_save)
 
 
 def _addressable(x: Tensor) -> Tensor:
-    """x itself if the kernels can read it in place, else a copy: channels in a row, rows and heads 16 bytes aligned."""
+    """x itself if the kernels can read it in place, else a copy: channels in a row, rows and heads 16 bytes aligned.
+
+    They reckon in 32 bits within a tile of rows, and with steps of 0 (an expanded tensor) not at all.
+    """
     steps = [stride for stride, size in zip(x.stride()[:2], x.shape[:2], strict=True) if size > 1]
-    fits = x.stride(2) == 1 and x.data_ptr() % 16 == 0 and all(step > 0 and step % 8 == 0 for step in steps)
+    fits = x.stride(2) == 1 and x.data_ptr() % 16 == 0 and all(0 < step < 1 << 24 and step % 8 == 0 for step in steps)
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
@@ -291,19 +299,23 @@ def _tiles(head_dim: int, hopper: bool) -> tuple[int, int]:
 def make_plan(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, shape, tiles: tuple[int, int]) -> Tensor:
     """The list of work of these documents in tiles of so many queries and keys, int32; see kernels/attention.cuh.
 
-    Made on the device, without a wait. A tensor with an attribute `plans`, a dict, keeps it there: all layers and both
-    passes of a batch share one. Batch gives its cu_seqlens that attribute. It is made anew after they were written
-    to, on another stream, and in every capture of a CUDA graph, whose replays may see other documents.
+    Made on the device, without a wait. A tensor with an attribute `plans`, a dict, keeps it there, so that all layers
+    and both passes of a batch share one; Batch gives its cu_seqlens that attribute. It is made anew after they were
+    written to, and in every capture of a CUDA graph, whose replays may see other documents.
+    NOTE: a write that torch does not count, as by `.data` or the replay of a graph, is not noticed: clear `plans` then.
     """
     device, stream = cu_seqlens_q.device, _stream(cu_seqlens_q.device)
-    plans = getattr(cu_seqlens_q, "plans", {})
-    versions = 0 if cu_seqlens_q.is_inference() else (cu_seqlens_q._version, cu_seqlens_k._version)
-    sizes = shape.num_queries, shape.num_keys, shape.heads, shape.kv_heads
-    key = (versions, cu_seqlens_k.data_ptr(), sizes, tiles, stream, kernels.capture_id(stream))
-    if key not in plans:
+    if cu_seqlens_q.is_inference() or cu_seqlens_k.is_inference():  # these count no writes
+        plans, versions = {}, None
+    else:
+        plans, versions = getattr(cu_seqlens_q, "plans", {}), (cu_seqlens_q._version, cu_seqlens_k._version)
+    key = (shape.num_queries, shape.num_keys, shape.heads, shape.kv_heads, tiles, stream)
+    state = (versions, cu_seqlens_k.data_ptr(), kernels.capture_id(stream))
+    if key not in plans or plans[key][0] != state:
         cu_q, cu_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
         plan = cu_q.new_empty(kernels.attention_plan_ints(shape, tiles))
         places = (x.data_ptr() for x in (cu_q, cu_k, plan))
         kernels.attention_plan(shape, tiles, *places, device.index, stream)
-        plans[key] = plan, cu_seqlens_k  # kept, so that no other tensor takes its place in memory
-    return plans[key][0]
+        other = None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k  # kept, so that its place in memory stays taken
+        plans[key] = state, plan, other
+    return plans[key][1]

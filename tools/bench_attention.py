@@ -82,12 +82,13 @@ def packed(shape: Shape, heads: int) -> tuple[int, ...]:
     return TOKENS, heads, shape.C
 
 
-def native(kernel, shape):
+def native(kernel, shape, deterministic=False):
     if reason := why_not("cuda", torch.bfloat16, shape.C):
         raise ValueError(reason)
     cu = shape.cu_seqlens()
     cu.plans = {}  # made once for all calls, as in training
-    options = {"causal": shape.causal, "window": shape.window, "kernel": kernel}
+    mask = {"causal": shape.causal, "window": shape.window}
+    options = {**mask, "kernel": kernel, "deterministic": deterministic}
     return lambda q, k, v: fused_attention(q, k, v, cu, cu, max(shape.lengths), **options)[0], packed
 
 
@@ -160,6 +161,7 @@ def xformers(shape):
 ALL = {
     "native hopper": partial(native, "hopper"),
     "native portable": partial(native, "portable"),
+    "native deterministic": partial(native, "auto", deterministic=True),
     "cudnn": partial(sdpa, SDPBackend.CUDNN_ATTENTION),
     "sdpa FA2": partial(sdpa, SDPBackend.FLASH_ATTENTION),
     "varlen FA2": varlen,
@@ -224,6 +226,8 @@ def bench(shape, backends, repeats) -> dict:
         try:
             cases[name] = prepare(backend, shape)
         except (ValueError, TypeError, ImportError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and name.startswith("native"):
+                raise  # ours may refuse, not fail
             print(f"{shape.name}: no {name}: {(str(error).splitlines() or [error])[0]}", file=sys.stderr)
     seconds = measure(cases, repeats)
     return {name: (shape.flops / a / 1e12, 2.5 * shape.flops / b / 1e12) for name, (a, b) in seconds.items()}
