@@ -6,14 +6,13 @@
 //
 //     documents   N + 1 of {q_begin, q_len, k_begin, k_len}; the last one holds the rows outside of all documents: its
 //                 queries see nothing, and nothing sees its keys
-//     items       {document, index of the tile in it, head}: a tile of queries and a query head for the forward, a tile
-//     of
-//                 keys and a key/value head for the backward
+//     items       {document, index of the tile in it, head}: a tile of queries and a query head for the forward, a
+//                 tile of keys and a key/value head for the backward
 //
-// Items come in waves of whole (document, head)s. In a wave those with the most work under a causal mask come first,
-// and it has at least as much work as keeps all processors busy for as long as one with the longest item. So the items
-// of a wave begin together and end together, and what they read at the same time they find in L2; and nothing long
-// begins at the end. A persistent CTA takes the next number from a counter.
+// Items come in waves of whole (document, head)s, in each the most work under a causal mask first. A wave has at least
+// (number of processors) x (the longest item) of work, so that its items begin together and end together: what they
+// read at the same time they find in L2, and nothing long begins at the end. A persistent CTA takes the next number
+// from a counter.
 #pragma once
 
 #include <cuda_runtime.h>

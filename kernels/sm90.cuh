@@ -95,9 +95,8 @@ MINITRAIN_DEVICE void prefetch_map(const CUtensorMap* map) {
 // Rows row .. row + box of one head, all channels, into a tile; the bytes count on `full`. Rows past the end are zeros.
 MINITRAIN_DEVICE void load_tile(uint32_t tile, const CUtensorMap* map, Mbarrier& full, int row, int head) {
     asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %3, "
-        "%5}], "
-        "[%2];" ::"r"(tile),
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%3, %4, %3, %5}], [%2];" ::"r"(tile),
         "l"(map), "r"(full.address()), "r"(0), "r"(row), "r"(head)
         : "memory");
 }
