@@ -12,8 +12,8 @@
 //   finish    dq = scale * dq_sum, in the right order and in bf16
 //
 // For 128 channels: 64 keys, blocks of 64 queries, 4 warps, two CTAs on an SM. Bound: shared memory, 288 KB for 5.2
-// MFLOP, 1.1 times as long as mma.sync takes on an H100 (reasoned; 290 TFLOP/s at most were measured there). Warps of 16
-// keys could keep P and dS in registers, but each would read all of Q and dO: 344 KB.
+// MFLOP, 1.1 times as long as mma.sync takes on an H100 (reasoned; 290 TFLOP/s at most were measured there). Warps of
+// 16 keys could keep P and dS in registers, but each would read all of Q and dO: 344 KB.
 //
 // dq_sum is in the order of the accumulators, [padded row / 16][channel / 8][element e][lane], so that a warp adds to
 // 128 bytes in a row. In any order; or, if deterministic, tiles of keys from the last to the first: each waits until

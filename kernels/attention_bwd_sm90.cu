@@ -149,8 +149,8 @@ __device__ int read_turn(const int* turn) {
 __device__ void end_turn(int* turn) { asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory"); }
 
 // Waits until this part may go to the sum. -> whether it is the first.
-// NOTE: what follows is an asynchronous copy, for which no proxy fence stands here: both sides' copies were awaited or are
-// issued later, and meet in L2, where the sums are made. A fence in every step would cost more than the wait.
+// NOTE: what follows is an asynchronous copy, for which no proxy fence stands here: both sides' copies were awaited or
+// are issued later, and meet in L2, where the sums are made. A fence in every step would cost more than the wait.
 __device__ bool wait_for_turn(int* turn, const Tile& tile, int block, const Arguments& args) {
     if (args.deterministic) {
         const int begin = block * kQueries + tile.doc.k_len - tile.doc.q_len - args.shape.look_back;

@@ -5,7 +5,6 @@
 // are out of step wherever nothing keeps them together; CTAs come one after another. What a warp does as one, the last
 // lane to arrive does for all. A copy to shared memory leaves NaN there until it is waited for.
 #pragma once
-#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -84,7 +83,7 @@ struct Copy {
 };
 struct Fiber {
     ucontext_t begin;
-    jmp_buf here;
+    void* here[5];
     std::unique_ptr<char[]> stack{new char[kStack]};
     std::vector<Copy> copies;  // that were not waited for
     bool is_begun, is_done;
@@ -101,25 +100,25 @@ struct Warp {
 inline std::vector<Fiber> fibers(1024);
 inline Barrier cta;
 inline std::vector<Warp> warps;
-inline jmp_buf scheduler;
+inline void* scheduler[5];
 inline std::function<void()> body;
 inline const char* failure = nullptr;
 
 inline void fail(const char* why) {  // on a fiber; the launch throws it
     failure = why;
-    _longjmp(scheduler, 1);
+    __builtin_longjmp(scheduler, 1);
 }
 inline void run_fiber() {
     body();
     if (!fibers[threadIdx.x].copies.empty()) fail("a thread ends before its copies");
     fibers[threadIdx.x].is_done = true;
-    _longjmp(scheduler, 1);
+    __builtin_longjmp(scheduler, 1);
 }
 inline void go_on(unsigned thread) {
     Fiber& fiber = fibers[thread];
     threadIdx = thread;
-    if (_setjmp(scheduler)) return;
-    if (fiber.is_begun) _longjmp(fiber.here, 1);
+    if (__builtin_setjmp(scheduler)) return;
+    if (fiber.is_begun) __builtin_longjmp(fiber.here, 1);
     fiber.is_begun = true;
     getcontext(&fiber.begin);
     fiber.begin.uc_stack.ss_sp = fiber.stack.get(), fiber.begin.uc_stack.ss_size = Fiber::kStack;
@@ -129,7 +128,7 @@ inline void go_on(unsigned thread) {
 inline void wait_at(const Barrier& barrier) {
     Fiber& fiber = fibers[threadIdx.x];
     fiber.waits_at = &barrier, fiber.round = barrier.round;
-    if (!_setjmp(fiber.here)) _longjmp(scheduler, 1);
+    if (!__builtin_setjmp(fiber.here)) __builtin_longjmp(scheduler, 1);
 }
 inline void __syncthreads() {
     if (++cta.arrived < static_cast<int>(blockDim.x)) return wait_at(cta);
@@ -311,7 +310,9 @@ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
         uint32_t b[2];
     } mine{d, a, {b0, b1}};
     together(~0u, mine, [](auto at) {
-        float A[16][16], B[16][8], D[16][8] = {};
+        using Row = float __attribute__((vector_size(32)));
+        float A[16][16];
+        Row B[16], D[16] = {};
         for (int lane = 0; lane < 32; ++lane)
             for (int e = 0; e < 2; ++e) {
                 const int g = lane / 4, t = lane % 4 * 2 + e;
@@ -319,8 +320,7 @@ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
                 for (int r = 0; r < 2; ++r) B[t + r * 8][g] = to_float(at(lane).b[r] >> 16 * e);
             }
         for (int i = 0; i < 16; ++i)
-            for (int k = 0; k < 16; ++k)
-                for (int j = 0; j < 8; ++j) D[i][j] += A[i][k] * B[k][j];
+            for (int k = 0; k < 16; ++k) D[i] += A[i][k] * B[k];
         for (int lane = 0; lane < 32; ++lane)
             for (int e = 0; e < 4; ++e) at(lane).d[e] += D[lane / 4 + e / 2 * 8][lane % 4 * 2 + e % 2];
     });
