@@ -114,10 +114,7 @@ inline void run_fiber() {
     fibers[threadIdx.x].is_done = true;
     __builtin_longjmp(scheduler, 1);
 }
-inline void go_on(unsigned thread) {
-    Fiber& fiber = fibers[thread];
-    threadIdx = thread;
-    if (__builtin_setjmp(scheduler)) return;
+__attribute__((noinline)) inline void enter(Fiber& fiber) {
     if (fiber.is_begun) __builtin_longjmp(fiber.here, 1);
     fiber.is_begun = true;
     getcontext(&fiber.begin);
@@ -125,10 +122,16 @@ inline void go_on(unsigned thread) {
     makecontext(&fiber.begin, run_fiber, 0);
     setcontext(&fiber.begin);
 }
-inline void wait_at(const Barrier& barrier) {
+__attribute__((noinline)) inline void leave() { __builtin_longjmp(scheduler, 1); }
+__attribute__((noinline)) inline void go_on(unsigned thread) {
+    Fiber& fiber = fibers[thread];
+    threadIdx = thread;
+    if (!__builtin_setjmp(scheduler)) enter(fiber);
+}
+__attribute__((noinline)) inline void wait_at(const Barrier& barrier) {
     Fiber& fiber = fibers[threadIdx.x];
     fiber.waits_at = &barrier, fiber.round = barrier.round;
-    if (!__builtin_setjmp(fiber.here)) __builtin_longjmp(scheduler, 1);
+    if (!__builtin_setjmp(fiber.here)) leave();
 }
 inline void __syncthreads() {
     if (++cta.arrived < static_cast<int>(blockDim.x)) return wait_at(cta);

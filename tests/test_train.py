@@ -298,6 +298,22 @@ def test_data_of_another_tokenizer_than_the_pretrained_models_is_refused(corpus,
         train(cfg)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_a_row_makes_one_plan_of_attention_for_all_layers_and_passes(monkeypatch, compile, recompute):
+    kernels = pytest.importorskip("minitrain.kernels", reason="the CUDA extension is not built")
+    made, make = [], kernels.attention_plan
+    monkeypatch.setattr(kernels, "attention_plan", lambda *args: (made.append(args), make(*args)))
+    cfg = TrainConfig(attention="native", compile=compile, recompute=recompute)
+    model = random_model(Qwen3Config(**TINY | {"head_dim": 64})).to("cuda", torch.bfloat16)
+    model = parallelize(model, Mesh(torch.device("cuda")), cfg)
+    for lengths in ([300, 20], [7, 313]):
+        made.clear()
+        forward_backward(model, [random_batch(lengths).to("cuda")], cross_entropy, scale=1 / 318)
+        assert len(made) == 1
+
+
 @pytest.fixture
 def deterministic_again():
     """As it was: the setting is the process's."""
