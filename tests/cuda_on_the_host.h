@@ -5,6 +5,7 @@
 // are out of step wherever nothing keeps them together; CTAs come one after another. What a warp does as one, the last
 // lane to arrive does for all. A copy to shared memory leaves NaN there until it is waited for.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -72,7 +73,6 @@ cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int value) {
 
 // ---- threads
 
-// Fibers begin by a context and go on by longjmp, which is fast: it asks nothing of the operating system.
 struct Barrier {
     int arrived = 0, round = 0;
     const std::type_info* what = nullptr;
@@ -81,12 +81,14 @@ struct Copy {
     char* to;
     const void* from;  // null: zeros
 };
+// Begins by a context and goes on by longjmp, which is fast: it asks nothing of the operating system. For the same
+// reason it does not end, but waits for the next CTA.
 struct Fiber {
     ucontext_t begin;
-    void* here[5];
+    jmp_buf here;
     std::unique_ptr<char[]> stack{new char[kStack]};
     std::vector<Copy> copies;  // that were not waited for
-    bool is_begun, is_done;
+    bool is_begun = false, is_done;
     const Barrier* waits_at;
     int round;
 
@@ -100,38 +102,40 @@ struct Warp {
 inline std::vector<Fiber> fibers(1024);
 inline Barrier cta;
 inline std::vector<Warp> warps;
-inline void* scheduler[5];
+inline jmp_buf scheduler;
 inline std::function<void()> body;
 inline const char* failure = nullptr;
 
+inline void let_others_run() {
+    if (!_setjmp(fibers[threadIdx.x].here)) _longjmp(scheduler, 1);
+}
 inline void fail(const char* why) {  // on a fiber; the launch throws it
     failure = why;
-    __builtin_longjmp(scheduler, 1);
+    _longjmp(scheduler, 1);
 }
 inline void run_fiber() {
-    body();
-    if (!fibers[threadIdx.x].copies.empty()) fail("a thread ends before its copies");
-    fibers[threadIdx.x].is_done = true;
-    __builtin_longjmp(scheduler, 1);
+    for (;;) {
+        body();
+        Fiber& fiber = fibers[threadIdx.x];
+        if (!fiber.copies.empty()) fail("a thread ends before its copies");
+        fiber.is_done = true;
+        let_others_run();
+    }
 }
-__attribute__((noinline)) inline void enter(Fiber& fiber) {
-    if (fiber.is_begun) __builtin_longjmp(fiber.here, 1);
+inline void go_on(unsigned thread) {
+    Fiber& fiber = fibers[thread];
+    threadIdx = thread;
+    if (_setjmp(scheduler)) return;
+    if (fiber.is_begun) _longjmp(fiber.here, 1);
     fiber.is_begun = true;
     getcontext(&fiber.begin);
     fiber.begin.uc_stack.ss_sp = fiber.stack.get(), fiber.begin.uc_stack.ss_size = Fiber::kStack;
     makecontext(&fiber.begin, run_fiber, 0);
     setcontext(&fiber.begin);
 }
-__attribute__((noinline)) inline void leave() { __builtin_longjmp(scheduler, 1); }
-__attribute__((noinline)) inline void go_on(unsigned thread) {
-    Fiber& fiber = fibers[thread];
-    threadIdx = thread;
-    if (!__builtin_setjmp(scheduler)) enter(fiber);
-}
-__attribute__((noinline)) inline void wait_at(const Barrier& barrier) {
-    Fiber& fiber = fibers[threadIdx.x];
-    fiber.waits_at = &barrier, fiber.round = barrier.round;
-    if (!__builtin_setjmp(fiber.here)) leave();
+inline void wait_at(const Barrier& barrier) {
+    fibers[threadIdx.x].waits_at = &barrier, fibers[threadIdx.x].round = barrier.round;
+    let_others_run();
 }
 inline void __syncthreads() {
     if (++cta.arrived < static_cast<int>(blockDim.x)) return wait_at(cta);
@@ -216,16 +220,14 @@ struct Launch {
         const unsigned num_warps = threads / 32;
         cta = {}, warps.assign(num_warps, {});
         for (unsigned t = 0; t < threads; ++t) {
-            fibers[t].is_begun = fibers[t].is_done = false, fibers[t].waits_at = nullptr, fibers[t].copies.clear();
+            fibers[t].is_done = false, fibers[t].waits_at = nullptr, fibers[t].copies.clear();
         }
         const auto run_warp = [](unsigned warp) {
             bool went = false;
-            for (unsigned t = 32 * warp; t < 32 * warp + 32; ++t) {
-                if (!fibers[t].can_go_on()) continue;
-                go_on(t), went = true;
-                if (failure) throw std::runtime_error(std::exchange(failure, nullptr));
+            for (unsigned t = 32 * warp; t < 32 * warp + 32 && !failure; ++t) {
+                if (fibers[t].can_go_on()) go_on(t), went = true;
             }
-            return went;
+            return went && !failure;
         };
         for (bool went = true; went;) {
             random = random * 1664525 + 1013904223;
@@ -235,12 +237,15 @@ struct Launch {
                 for (unsigned i = 0; i < turns && run_warp(w % num_warps); ++i) went = true;
         }
         for (unsigned t = 0; t < threads; ++t)
-            if (!fibers[t].is_done) throw std::runtime_error("threads wait for each other forever");
+            if (!fibers[t].is_done && !failure) failure = "threads wait for each other forever";
         const auto is_guard = [](char byte) { return byte == kGuard; };
         if (!std::all_of(shared_memory.data(), dynamic_shared, is_guard) ||
             !std::all_of(dynamic_shared + smem, shared_memory.data() + shared_memory.size(), is_guard)) {
-            throw std::runtime_error("written outside of the shared memory");
+            failure = "written outside of the shared memory";
         }
+        if (!failure) return;
+        for (Fiber& fiber : fibers) fiber.is_begun = false;  // some are in the middle of their work
+        throw std::runtime_error(std::exchange(failure, nullptr));
     }
 };
 
@@ -313,17 +318,20 @@ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
         uint32_t b[2];
     } mine{d, a, {b0, b1}};
     together(~0u, mine, [](auto at) {
-        using Row = float __attribute__((vector_size(32)));
-        float A[16][16];
-        Row B[16], D[16] = {};
-        for (int lane = 0; lane < 32; ++lane)
-            for (int e = 0; e < 2; ++e) {
-                const int g = lane / 4, t = lane % 4 * 2 + e;
-                for (int r = 0; r < 4; ++r) A[g + r % 2 * 8][t + r / 2 * 8] = to_float(at(lane).a[r] >> 16 * e);
-                for (int r = 0; r < 2; ++r) B[t + r * 8][g] = to_float(at(lane).b[r] >> 16 * e);
-            }
+        using Row = float __attribute__((vector_size(32)));  // 8 columns
+        using Pairs = uint32_t __attribute__((vector_size(32)));
+        uint32_t A[16][8];  // pairs along k
+        Pairs B[8];
+        Row D[16] = {};
+        for (int lane = 0; lane < 32; ++lane) {
+            const int g = lane / 4, t = lane % 4;
+            for (int r = 0; r < 4; ++r) A[g + r % 2 * 8][t + r / 2 * 4] = at(lane).a[r];
+            for (int r = 0; r < 2; ++r) B[t + r * 4][g] = at(lane).b[r];
+        }
         for (int i = 0; i < 16; ++i)
-            for (int k = 0; k < 16; ++k) D[i] += A[i][k] * B[k];
+            for (int k = 0; k < 8; ++k) {
+                D[i] += to_float(A[i][k]) * (Row)(B[k] << 16) + to_float(A[i][k] >> 16) * (Row)(B[k] & 0xffff0000);
+            }
         for (int lane = 0; lane < 32; ++lane)
             for (int e = 0; e < 4; ++e) at(lane).d[e] += D[lane / 4 + e / 2 * 8][lane % 4 * 2 + e % 2];
     });
