@@ -18,7 +18,7 @@
 // dq_sum is in the order of the accumulators, [padded row / 16][channel / 8][element e][lane], so that a warp adds to
 // 128 bytes in a row. In any order; or, if deterministic, tiles of keys from the last to the first: each waits until
 // all later ones that see the queries have added. To have those running or done, CTAs then take the plan's list from
-// its end: CTAs start in the order of their numbers.
+// its end.
 
 #include <cmath>
 #include <stdexcept>
@@ -63,14 +63,6 @@ struct Work {
     int row_begin, row_end;    // queries that see one of the keys; both multiples of kQueryBlock
     int head_begin, head_end;  // query heads
 };
-
-// The queries that see one of the keys of a tile, as whole blocks: just those in whose Band::blocks_seen the tile is.
-__device__ Band::Range queries_seeing(const Band& band, const Document& doc, int tile, int num_keys) {
-    const int to_row = doc.q_len - doc.k_len, first = tile * num_keys, end_key = min(first + num_keys, doc.k_len);
-    const int begin = max(0, first - band.look_ahead + to_row), end = min(doc.q_len, end_key + band.look_back + to_row);
-    if (end <= begin) return {0, 0};
-    return {begin / kQueryBlock * kQueryBlock, (end + kQueryBlock - 1) / kQueryBlock * kQueryBlock};
-}
 
 // scores := P, d_probs (dP) := dS. rows: lse in base 2 of this lane's first query; kQueries further, D.
 template <int kQueries, int kM, int kN>
@@ -130,19 +122,33 @@ __global__ void __launch_bounds__(Backward<C, kStages>::kThreads, 8 / Backward<C
     const AttentionShape& shape = args.shape;
     const Plan plan(args.plan, shape, attention_tiles_sm80(C));
     const int num_items = plan.num_key_items();
-    if (blockIdx.x >= num_items) return;
     const Band band = {shape.look_back, shape.look_ahead};
 
     if (threadIdx.x == 0) {
-        const Item item = plan.key_items[args.deterministic ? num_items - 1 - blockIdx.x : blockIdx.x];
-        Document doc = plan.documents[item.document];
-        if (item.document == shape.num_documents) doc.q_len = 0;  // nothing sees rows outside of all documents
-        const Band::Range rows = queries_seeing(band, doc, item.tile, B::kKeys);
-        const int group = shape.heads / shape.kv_heads;
-        work = {doc,        item.tile, item.head,         padded_begin(doc, item.document),
-                rows.begin, rows.end,  item.head * group, (item.head + 1) * group};
+        const int number = next_item(plan.backward_counter(), 0);
+        work.row_end = -1;
+        if (number < num_items) {
+            const Item item = plan.key_items[args.deterministic ? num_items - 1 - number : number];
+            const Document doc = plan.documents[item.document];
+            const int to_row = doc.q_len - doc.k_len, first_key = item.tile * B::kKeys;
+            const int last_key = min(first_key + B::kKeys, doc.k_len) - 1;
+            const int num_seeing = item.document < shape.num_documents ? doc.q_len : 0;  // nobody outside of them
+            const Band seen_from = {shape.look_ahead, shape.look_back};  // a query's band, as the key sees it
+            const Band::Range blocks =
+                seen_from.blocks_seen(first_key + to_row, last_key + to_row, num_seeing, kQueryBlock);
+            const int group = shape.heads / shape.kv_heads;
+            work = {doc,
+                    item.tile,
+                    item.head,
+                    padded_begin(doc, item.document),
+                    blocks.begin * kQueryBlock,
+                    blocks.end * kQueryBlock,
+                    item.head * group,
+                    (item.head + 1) * group};
+        }
     }
     __syncthreads();  // `work` is there
+    if (work.row_end < 0) return;
 
     const uint32_t base = shared_address(shared);
     const auto load_keys = [&](uint32_t to, const Packed& x) {
@@ -279,7 +285,6 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(AttentionBackwar
     if (blockIdx.x >= plan.num_query_items()) return;
     const Item item = plan.query_items[blockIdx.x];
     const Document doc = plan.documents[item.document];
-    const bool seeing = item.document != shape.num_documents;
     const int first = item.tile * kRows, num_rows = min(kRows, doc.q_len - first);
     const float* sums = args.dq_sum + (int64_t(item.head) * padded_rows + padded_begin(doc, item.document) + first) * C;
     bf16* dq = static_cast<bf16*>(args.dq) + (int64_t(doc.q_begin + first) * shape.heads + item.head) * C;
@@ -289,12 +294,9 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(AttentionBackwar
         const int eight = i / kStrips, chunk = i % kStrips * 4 + lane % 4;
         const int row = eight * 8 + lane / 4;
         if (row >= num_rows) continue;
-        float4 even = {0.0f, 0.0f, 0.0f, 0.0f}, odd = even;  // channels 0, 2, 4, 6 and 1, 3, 5, 7
-        if (seeing) {
-            const float* at = sums + eight / 2 * 16 * C + chunk * 128 + eight % 2 * 64 + lane / 4 * 4;
-            even = *reinterpret_cast<const float4*>(at);
-            odd = *reinterpret_cast<const float4*>(at + 32);
-        }
+        const float* at = sums + eight / 2 * 16 * C + chunk * 128 + eight % 2 * 64 + lane / 4 * 4;
+        const float4 even = *reinterpret_cast<const float4*>(at);  // channels 0, 2, 4, 6
+        const float4 odd = *reinterpret_cast<const float4*>(at + 32);
         const float scale = shape.scale;
         const uint4 packed = {pack(even.x * scale, odd.x * scale), pack(even.y * scale, odd.y * scale),
                               pack(even.z * scale, odd.z * scale), pack(even.w * scale, odd.w * scale)};

@@ -26,7 +26,6 @@ constexpr int kQueries = kQueryBlock;     // of a block
 constexpr int kStages = 2;                // blocks of Q and dO in shared memory
 constexpr int kThreads = 384;
 constexpr int kDsWritten = 1, kTogether = 2, kDqWritten = 4, kDqRead = 6;  // named barriers; all but the first are two
-constexpr float kLog2e = 1.4426950408889634f;
 
 struct Tile {
     Document doc;
@@ -223,21 +222,9 @@ struct Consumer {
     __device__ Consumer(Shared<C>& shared, const Arguments& args, int warpgroup)
         : shared(shared), args(args), warpgroup(warpgroup), thread(threadIdx.x % 128), lane(threadIdx.x % 32) {}
 
-    __device__ __forceinline__ void release(Mbarrier& empty) {
-        if (lane == 0) empty.arrive();
-    }
-
-    // Rows of a tile that belong to no row of the document become 0: their P and dS are 0, but 0 * NaN is not. Both
-    // warpgroups write all of it, so that each waits for itself alone.
     template <int kRows>
-    __device__ __forceinline__ void clear_rows(__nv_bfloat16* x, int begin) {
-        uint4* tile = reinterpret_cast<uint4*>(x);
-        for (int i = begin * 8 + thread; i < kRows * 8; i += 128) {
-#pragma unroll
-            for (int panel = 0; panel < C / 64; ++panel) tile[panel * kRows * 8 + i] = uint4{0, 0, 0, 0};
-        }
-        fence_async();
-        barrier_sync(kTogether + warpgroup, 128);
+    __device__ __forceinline__ void clear_tail(__nv_bfloat16* tile, int begin) {
+        clear_rows<kRows, C>(tile, begin, kTogether + warpgroup);
     }
 
     // X^T (64 keys x 64 queries) = keys' tile (K or V) times block (Q or dO), not awaited.
@@ -317,22 +304,22 @@ struct Consumer {
             float dp[kQueries / 2];
             uint32_t p16[kQueries / 4], ds16[kQueries / 4];
             shared.d_out_full[stage].wait(ring.parity());
-            if (block == tail_block) clear_rows<kQueries>(shared.d_out[stage], tile.doc.q_len % kQueries);
+            if (block == tail_block) clear_tail<kQueries>(shared.d_out[stage], tile.doc.q_len % kQueries);
             issue_scores(dp, shared.v, shared.d_out[stage]);
             exponentials(s, shared.lse[stage]);
             if (!tile.whole.contains(block)) mask(s, tile, block);
-            pack_bf16(s, p16);
+            pack(s, p16);
             issue_gradient(dv, p16, shared.d_out[stage]);
             wgmma_wait<1>(dp);
             score_gradients(dp, p16, shared.delta[stage]);
-            pack_bf16(dp, ds16);
+            pack(dp, ds16);
             write_ds(ds16);
             fence_async();
             barrier_sync(kDsWritten, 256);  // both halves of dS are there; both warpgroups are done with the one before
             float dq[C / 4];
             issue_dq(dq);
             wgmma_wait<1>(dv, p16);
-            release(shared.d_out_empty[stage]);
+            shared.d_out_empty[stage].arrive_as_warp();
             issue_gradient(dk, ds16, shared.q[stage]);
             ring.next();
             if (++head == args.group) head = 0, block += next_block;
@@ -343,14 +330,14 @@ struct Consumer {
             wgmma_wait<2>(dq);
             write_dq(dq);
             wgmma_wait<1>(dk, ds16);
-            release(shared.q_empty[stage]);
+            shared.q_empty[stage].arrive_as_warp();
         }
         wgmma_wait<0>(s);
     }
 
     __device__ __forceinline__ void wait_for_q(const Tile& tile, bool is_tail) {
         shared.q_full[ring.stage()].wait(ring.parity());
-        if (is_tail) clear_rows<kQueries>(shared.q[ring.stage()], tile.doc.q_len % kQueries);
+        if (is_tail) clear_tail<kQueries>(shared.q[ring.stage()], tile.doc.q_len % kQueries);
     }
 
     // P = exp(S - lse), in place.
@@ -411,11 +398,11 @@ struct Consumer {
             kv.next();
             const int tail = tile.doc.k_len - tile.first_key;
             if (tail < kKeys) {
-                clear_rows<kKeys>(shared.k, tail);
-                clear_rows<kKeys>(shared.v, tail);
+                clear_tail<kKeys>(shared.k, tail);
+                clear_tail<kKeys>(shared.v, tail);
             }
             attend(tile);
-            release(shared.kv_empty);
+            shared.kv_empty.arrive_as_warp();
         }
         store(args.dk, dk, args.shape.scale, tile);
         store(args.dv, dv, 1.0f, tile);
@@ -427,18 +414,7 @@ struct Consumer {
         for (int r = 0; r < 2; ++r) {
             const int row = first + 8 * r;
             const int64_t token = tile.doc.k_begin + row;
-            uint4* to = reinterpret_cast<uint4*>(out + (token * args.shape.kv_heads + tile.kv_head) * C);
-#pragma unroll
-            for (int i = 0; i < C / 8; i += 4) {
-                uint32_t pairs[4];
-#pragma unroll
-                for (int g = 0; g < 4; ++g) {
-                    const float* pair = x + 4 * (i + g) + 2 * r;
-                    pairs[g] = pack_bf16(pair[0] * scale, pair[1] * scale);
-                }
-                const uint4 columns = gather_group(pairs[0], pairs[1], pairs[2], pairs[3]);
-                if (row < tile.doc.k_len) to[i + lane % 4] = columns;
-            }
+            store_row(out + (token * args.shape.kv_heads + tile.kv_head) * C, x, r, scale, row < tile.doc.k_len);
         }
     }
 };
@@ -488,7 +464,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             if (tile.kv_head < 0) break;
             consumer.run(tile);
             __syncwarp();  // all lanes have read it
-            consumer.release(shared.tile_empty[tiles.stage()]);
+            shared.tile_empty[tiles.stage()].arrive_as_warp();
         }
     }
 }
@@ -518,8 +494,8 @@ __global__ void __launch_bounds__(128) finish_kernel(AttentionShape shape, int* 
 #pragma unroll
             for (int g = 0; g < 4; ++g) {
                 const float4 x = is_written ? sum[half * kQueries * C / 8 + (j + g) * 128] : float4{};
-                pairs[0][g] = pack_bf16(x.x * shape.scale, x.y * shape.scale);
-                pairs[1][g] = pack_bf16(x.z * shape.scale, x.w * shape.scale);
+                pairs[0][g] = pack(x.x * shape.scale, x.y * shape.scale);
+                pairs[1][g] = pack(x.z * shape.scale, x.w * shape.scale);
             }
 #pragma unroll
             for (int r = 0; r < 2; ++r) {

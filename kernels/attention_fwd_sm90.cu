@@ -23,7 +23,6 @@ constexpr int kKeys = 128;                   // keys of a block
 constexpr int kStages = 2;                   // blocks of K and of V in shared memory
 constexpr int kThreads = 384;
 constexpr int kTurn = 1, kTogether = 3;  // named barriers, one for each of the two warpgroups
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 struct Tile {
     Document doc;
@@ -107,10 +106,6 @@ struct Consumer {
     __device__ Consumer(Shared<C>& shared, const Arguments& args, int warpgroup)
         : shared(shared), args(args), warpgroup(warpgroup), thread(threadIdx.x % 128), lane(threadIdx.x % 32) {}
 
-    __device__ __forceinline__ void release(Mbarrier& empty) {
-        if (lane == 0) empty.arrive();
-    }
-
     // S = Q K^T, not awaited.
     __device__ __forceinline__ void issue_scores() {
         const uint32_t q_tile = shared_address(shared.q) + warpgroup * 64 * 128,
@@ -133,17 +128,6 @@ struct Consumer {
             Wgmma<C>::template rs<true>(o, p + 4 * n, descriptor(v_tile + n * 16 * 128, kKeys * 128), true);
         }
         wgmma_commit();
-    }
-
-    // V's rows that belong to no key of the document become 0: P is 0 there, but 0 * NaN is not.
-    __device__ __forceinline__ void clear_rows(int begin) {
-        uint4* tile = reinterpret_cast<uint4*>(shared.v[v.stage()]);
-        for (int i = begin * 8 + thread; i < kKeys * 8; i += 128) {
-#pragma unroll
-            for (int panel = 0; panel < C / 64; ++panel) tile[panel * kKeys * 8 + i] = uint4{0, 0, 0, 0};
-        }
-        fence_async();
-        barrier_sync(kTogether + warpgroup, 128);  // both warpgroups write all of it, so each waits for itself alone
     }
 
     __device__ __forceinline__ void mask(const Tile& tile, int block) {
@@ -209,19 +193,19 @@ struct Consumer {
         shared.k_full[k.stage()].wait(k.parity());
         issue_scores();
         wgmma_wait<0>(s);
-        release(shared.k_empty[k.stage()]);
+        shared.k_empty[k.stage()].arrive_as_warp();
         k.next();
         if (!tile.whole.contains(block)) mask(tile, block);
         softmax(rescale);
         const int tail = tile.doc.k_len - block * kKeys;
         shared.v_full[v.stage()].wait(v.parity());
-        if (tail < kKeys) clear_rows(tail);
+        if (tail < kKeys) clear_rows<kKeys, C>(shared.v[v.stage()], tail, kTogether + warpgroup);
         for (bool first = true;; first = false) {
             // NOTE: this wait stands here, not behind the softmax that it follows, because the assembler would move it
             // up over the softmax; it does not move it over the beginning of a loop.
             wgmma_wait<0>(o, p);
             if (!first) release_v();
-            pack_bf16(s, p);
+            pack(s, p);
 #pragma unroll
             for (int i = 0; i < C / 2; ++i) o[i] *= rescale[i / 2 % 2];
             if (--block < tile.seen.begin) break;
@@ -232,12 +216,12 @@ struct Consumer {
             issue_output();
             barrier_arrive(kTurn + (warpgroup ^ 1), 256);
             wgmma_wait<1>(s);  // the scores
-            release(shared.k_empty[k.stage()]);
+            shared.k_empty[k.stage()].arrive_as_warp();
             k.next();
             if (!tile.whole.contains(block)) mask(tile, block);
             softmax(rescale);
         }
-        release(shared.q_empty);
+        shared.q_empty.arrive_as_warp();
         q.next();
         shared.v_full[v.stage()].wait(v.parity());
         issue_output();
@@ -246,7 +230,7 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void release_v() {
-        release(shared.v_empty[v.stage()]);
+        shared.v_empty[v.stage()].arrive_as_warp();
         v.next();
     }
 
@@ -264,18 +248,7 @@ struct Consumer {
                 args.lse[int64_t(tile.head) * args.shape.num_queries + token] =
                     max[r] * args.shape.scale + kLn2 * log2f(sum[r]);  // -inf where nothing is seen
             }
-            uint4* to = reinterpret_cast<uint4*>(args.out + (token * args.shape.heads + tile.head) * C);
-#pragma unroll
-            for (int i = 0; i < C / 8; i += 4) {
-                uint32_t x[4];
-#pragma unroll
-                for (int g = 0; g < 4; ++g) {
-                    const float* pair = o + 4 * (i + g) + 2 * r;
-                    x[g] = pack_bf16(pair[0] * inverse, pair[1] * inverse);
-                }
-                const uint4 columns = gather_group(x[0], x[1], x[2], x[3]);
-                if (valid) to[i + lane % 4] = columns;
-            }
+            store_row(args.out + (token * args.shape.heads + tile.head) * C, o, r, inverse, valid);
         }
     }
 };
@@ -316,7 +289,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             if (tile.head < 0) break;
             consumer.run(tile);
             __syncwarp();  // all lanes have read it
-            consumer.release(shared.tile_empty[tiles.stage()]);
+            shared.tile_empty[tiles.stage()].arrive_as_warp();
         }
     }
 }

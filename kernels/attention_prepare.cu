@@ -15,7 +15,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kLanes = 8;  // threads of a row
-constexpr float kLog2e = 1.4426950408889634f;
 
 __device__ float dot(uint4 a, uint4 b) {  // of 8 bf16
     const __nv_bfloat162 *x = reinterpret_cast<__nv_bfloat162*>(&a), *y = reinterpret_cast<__nv_bfloat162*>(&b);

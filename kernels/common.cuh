@@ -11,6 +11,8 @@
 
 namespace minitrain {
 
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;  // softmaxes are in base 2 here
+
 using Sizes = std::initializer_list<std::pair<const char*, int64_t>>;
 
 // Throws std::runtime_error "what(rows=4, vocab=7): cudaErrorName: text". Costs nothing when there is no error.

@@ -27,8 +27,6 @@ constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
 constexpr int kLoads = 4;  // 16-byte loads in flight per thread: 64 KB per SM; latency x bandwidth asks for about 30
 constexpr int64_t kIgnore = -100;
-constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kNoMax = -FLT_MAX / 2;  // below any logit, and finite: (-inf) - kNoMax is -inf, never NaN
 
 // sum of 2^(x * log2e - max) over the elements seen. NaNs do not move max; they reach the sum.

@@ -13,12 +13,13 @@
 
 #include "attention.h"  // Packed
 #include "common.cuh"
+#include "sm80.cuh"
 
 namespace minitrain::sm90 {
 
 #define MINITRAIN_DEVICE __device__ __forceinline__
 
-MINITRAIN_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+using sm80::exp2_approx, sm80::pack, sm80::shared_address;
 
 // ---- warps and registers
 
@@ -58,6 +59,9 @@ struct Mbarrier {
     }
     MINITRAIN_DEVICE void arrive() {
         asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address()) : "memory");
+    }
+    MINITRAIN_DEVICE void arrive_as_warp() {
+        if (threadIdx.x % 32 == 0) arrive();
     }
     MINITRAIN_DEVICE void arrive_and_expect(uint32_t bytes) {
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()), "r"(bytes) : "memory");
@@ -118,6 +122,18 @@ MINITRAIN_DEVICE void write_sum(float* to, const float* from, uint32_t bytes, bo
                      : "memory");
     }
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// Rows of a tile that belong to no row of the document become 0: their probabilities are 0, but 0 * NaN is not. Each
+// warpgroup that reads the tile calls this: it writes all of these rows, and waits at its barrier for itself alone.
+template <int kRows, int kCols>
+MINITRAIN_DEVICE void clear_rows(__nv_bfloat16* tile, int begin, int barrier) {
+    uint4* chunks = reinterpret_cast<uint4*>(tile);
+    for (int i = begin * 8 + threadIdx.x % 128; i < kRows * 8; i += 128) {
+#pragma unroll
+        for (int panel = 0; panel < kCols / 64; ++panel) chunks[panel * kRows * 8 + i] = uint4{0, 0, 0, 0};
+    }
+    fence_async();
+    barrier_sync(barrier, 128);
 }
 // Until at most kPending groups of this thread still read their source ...
 template <int kPending>
@@ -221,23 +237,13 @@ MINITRAIN_WGMMA(128,
                 MINITRAIN_D64(0),  //
                 "%64", "%65", "%66", "%67", "%68", "%69", "%70");
 
-// ---- arithmetic
+// ---- accumulators to bf16
 
-MINITRAIN_DEVICE float exp2_approx(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-MINITRAIN_DEVICE uint32_t pack_bf16(float low, float high) {
-    uint32_t packed;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-    return packed;
-}
 // The accumulator of 64 x N, rounded: the A operands of N / 16 multiplications.
 template <int N>
-MINITRAIN_DEVICE void pack_bf16(const float (&from)[N], uint32_t (&to)[N / 2]) {
+MINITRAIN_DEVICE void pack(const float (&from)[N], uint32_t (&to)[N / 2]) {
 #pragma unroll
-    for (int i = 0; i < N / 2; ++i) to[i] = pack_bf16(from[2 * i], from[2 * i + 1]);
+    for (int i = 0; i < N / 2; ++i) to[i] = pack(from[2 * i], from[2 * i + 1]);
 }
 
 // Four threads hold a row's 8 columns of four groups, 2 columns each: x[g] of thread t is columns 2t, 2t + 1 of group
@@ -255,6 +261,22 @@ MINITRAIN_DEVICE uint4 gather_group(uint32_t x0, uint32_t x1, uint32_t x2, uint3
     else
         x2 = a, x3 = b;
     return {x0, x1, x2, x3};
+}
+
+// Row 0 or 1 of the two that the thread has of an accumulator, times scale, to N columns of global memory.
+template <int kRegisters, int N = 2 * kRegisters>
+MINITRAIN_DEVICE void store_row(__nv_bfloat16* to, const float (&x)[kRegisters], int row, float scale, bool valid) {
+#pragma unroll
+    for (int i = 0; i < N / 8; i += 4) {
+        uint32_t pairs[4];
+#pragma unroll
+        for (int g = 0; g < 4; ++g) {
+            const float* pair = x + 4 * (i + g) + 2 * row;
+            pairs[g] = pack(pair[0] * scale, pair[1] * scale);
+        }
+        const uint4 columns = gather_group(pairs[0], pairs[1], pairs[2], pairs[3]);  // by all lanes
+        if (valid) reinterpret_cast<uint4*>(to)[i + threadIdx.x % 4] = columns;
+    }
 }
 
 // ---- host: a map of (rows, heads, C) for boxes of `box_rows` rows of one head
