@@ -7,7 +7,7 @@
 //     documents   N + 1 of {q_begin, q_len, k_begin, k_len}; the last one holds the rows outside of all documents: its
 //                 queries see nothing, and nothing sees its keys
 //     items       {document, index of the tile in it, head}: a tile of queries and a query head for the forward, a
-//                 tile of keys and a key/value head for the backward
+//                 tile of keys and a part of a key/value head's group for the backward
 //
 // Items come in waves of whole (document, head)s, in each the most work under a causal mask first. A wave has at least
 // (number of processors) x (the longest item) of work, so that its items begin together and end together: what they
@@ -21,7 +21,9 @@
 
 namespace minitrain {
 
-constexpr AttentionTiles kHopperTiles = {128, 128};  // of the sm_90a kernels, for each head dim
+// Of the sm_90a kernels. Queries: 64 a warpgroup; with 64 channels the output leaves room for a third one. Group: with
+// more heads, what passes through L2 between two tiles' visits of the same queries does not fit there.
+__host__ __device__ constexpr AttentionTiles hopper_tiles(int head_dim) { return {head_dim == 64 ? 192 : 128, 128, 2}; }
 
 struct alignas(16) Document {
     int q_begin, q_len, k_begin, k_len;
@@ -38,6 +40,13 @@ struct Plan {
 
     static constexpr int kHeader = 16;
 
+    __host__ __device__ static int parts(const AttentionShape& shape, AttentionTiles tile) {
+        return (shape.heads / shape.kv_heads + tile.group - 1) / tile.group;
+    }
+    // Heads in the list of keys: part p of key/value head h is p * kv_heads + h.
+    __host__ __device__ static int key_heads(const AttentionShape& shape, AttentionTiles tile) {
+        return shape.kv_heads * parts(shape, tile);
+    }
     __host__ __device__ static int max_items(int rows, int tile, int num_documents, int heads) {
         return (rows / tile + num_documents + 1) * heads;
     }
@@ -45,7 +54,7 @@ struct Plan {
         return max_items(shape.num_queries, tile.queries, shape.num_documents, shape.heads);
     }
     __host__ __device__ static int max_key_items(const AttentionShape& shape, AttentionTiles tile) {
-        return max_items(shape.num_keys, tile.keys, shape.num_documents, shape.kv_heads);
+        return max_items(shape.num_keys, tile.keys, shape.num_documents, key_heads(shape, tile));
     }
     static int64_t num_ints(const AttentionShape& shape, AttentionTiles tile) {
         return kHeader + int64_t(shape.num_documents + 1) * (sizeof(Document) / sizeof(int)) +

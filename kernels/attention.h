@@ -31,10 +31,10 @@ struct AttentionShape {
     float scale;  // of the scores, before the softmax
 };
 
-// What one CTA of the forward (queries) and of the backward (keys) works on. They depend on the kernels, and so does
-// the plan, which is a list of such tiles.
+// What one CTA works on: so many queries of a head in the forward; in the backward so many keys of a key/value head and
+// at most so many query heads of its group. They depend on the kernels, and so does the plan, a list of such tiles.
 struct AttentionTiles {
-    int queries, keys;
+    int queries, keys, group;
 };
 
 struct AttentionForward {
@@ -57,10 +57,16 @@ struct AttentionBackward {
     float* dq_sum;       // (H, R, C)
     int* turns;          // (H, R / 64)
     bool deterministic;  // dq is summed in a fixed order; else in any
+    // Where groups are split into parts, dk and dv are left as sums here, and the two above are not used.
+    float* dkv_sum;  // (2, S, K, C)
+    int* dkv_turns;  // (K, S), zeros
 };
 
 // Hopper's kernels (sm_90a) take head_dim 64 and 128, the portable ones (sm_80 and later) also 96, 192 and 256.
 AttentionTiles attention_tiles(int head_dim, bool hopper);
+
+// Parts that the query heads of a group are split into in the backward.
+int attention_parts(const AttentionShape& shape, AttentionTiles tiles);
 
 // The plan of a batch of documents: made once, used by every layer and both passes. It depends on T, S, N, H and K.
 // cu_q and cu_k (N + 1,) int32; if one of them does not begin at 0, decreases or exceeds its rows, there are no

@@ -21,15 +21,16 @@ namespace {
 
 using namespace sm90;
 
-constexpr int kKeys = kHopperTiles.keys;  // of a tile, 64 a warpgroup
-constexpr int kQueries = kQueryBlock;     // of a block
-constexpr int kStages = 2;                // blocks of Q and dO in shared memory
+constexpr int kKeys = 128;             // of a tile, 64 a warpgroup
+constexpr int kQueries = kQueryBlock;  // of a block
+constexpr int kStages = 2;             // blocks of Q and dO in shared memory
 constexpr int kThreads = 384;
 constexpr int kDsWritten = 1, kTogether = 2, kDqWritten = 4, kDqRead = 6;  // named barriers; all but the first are two
 
 struct Tile {
     Document doc;
     int document, first_key, kv_head;  // kv_head: -1 behind the last tile
+    int part, first_head, num_heads;   // of the query heads of its group
     Band::Range seeing, whole;         // blocks of queries that see it, and of these the ones that need no mask
 };
 
@@ -46,13 +47,14 @@ struct alignas(1024) Shared {
 struct Arguments {
     AttentionShape shape;
     int* plan;
-    int group;  // query heads of a key/value head
     int padded_rows;
     const float* rows;
     float* dq_sum;
     int* turns;
     bool deterministic;
     __nv_bfloat16 *dk, *dv;
+    float* dkv_sum;
+    int* dkv_turns;
 };
 
 // Where a block of queries lies in the workspaces.
@@ -65,7 +67,7 @@ template <int C>
 __device__ void load_keys(Shared<C>& shared, const Arguments& args, const CUtensorMap* k_map,
                           const CUtensorMap* v_map) {
     const AttentionShape& shape = args.shape;
-    const Plan plan(args.plan, shape, kHopperTiles);
+    const Plan plan(args.plan, shape, hopper_tiles(C));
     const int num_items = plan.num_key_items();
     Ring<1> kv;
     for (Ring<2> tiles;; tiles.next()) {
@@ -87,7 +89,11 @@ __device__ void load_keys(Shared<C>& shared, const Arguments& args, const CUtens
         tile.doc = doc;
         tile.document = item.document;
         tile.first_key = first_key;
-        tile.kv_head = item.head;
+        const int group = shape.heads / shape.kv_heads;
+        tile.part = item.head / shape.kv_heads;
+        tile.kv_head = item.head % shape.kv_heads;
+        tile.first_head = tile.kv_head * group + tile.part * hopper_tiles(C).group;
+        tile.num_heads = min(group - tile.part * hopper_tiles(C).group, hopper_tiles(C).group);
         tile.seeing = band.blocks_seen(first, last, queries, kQueries);
         tile.whole = band.blocks_whole(first, last, queries, kQueries);
         if (first_key + kKeys > doc.k_len) tile.whole.end = 0;
@@ -117,12 +123,11 @@ __device__ void load_queries(Shared<C>& shared, const Arguments& args, const CUt
         shared.tile_full[tiles.stage()].wait(tiles.parity());
         const Tile& tile = shared.tile[tiles.stage()];
         if (tile.kv_head < 0) break;
-        const int first_head = tile.kv_head * args.group;
 #pragma unroll 1
         for (int n = 0; n < tile.seeing.size(); ++n) {
             const int block = nth_block(tile, n, args);
 #pragma unroll 1
-            for (int head = first_head; head < first_head + args.group; ++head, ring.next()) {
+            for (int head = tile.first_head; head < tile.first_head + tile.num_heads; ++head, ring.next()) {
                 const int s = ring.stage();
                 empty[s].wait(ring.parity() ^ 1);
                 full[s].arrive_and_expect(sizeof block_of[s] + sizeof vector_of[s]);
@@ -171,10 +176,12 @@ __device__ void add_dq(Shared<C>& shared, const Arguments& args) {
         shared.tile_full[tiles.stage()].wait(tiles.parity());
         const Tile& tile = shared.tile[tiles.stage()];
         if (tile.kv_head < 0) break;
-        int* last_turn = nullptr;
+        // Who claims a block must have its part soon: not while the consumers, at the end of the tile before, wait for
+        // another CTA, which may wait for that block.
+        if (tiles.count > 0) shared.tile_empty[tiles.stage() ^ 1].wait(Ring<2>{tiles.count - 1}.parity());
         for (int n = 0; n < tile.seeing.size(); ++n) {
             const int block = nth_block(tile, n, args);
-            for (int head = tile.kv_head * args.group; head < (tile.kv_head + 1) * args.group; ++head) {
+            for (int head = tile.first_head; head < tile.first_head + tile.num_heads; ++head) {
                 const int padded = padded_row(tile, block, head, args);
                 float* sum = args.dq_sum + int64_t(padded) * C;
                 int* turn = args.turns + padded / kQueries;
@@ -192,19 +199,14 @@ __device__ void add_dq(Shared<C>& shared, const Arguments& args) {
                 if (lane == 0) wait_bulk_read<0>();
                 __syncwarp();
                 barrier_arrive(kDqRead + 1, 160);
-                if (args.deterministic && lane == 0) {  // end the turn before, which has had time to arrive in memory
-                    wait_bulk<2>();
-                    if (last_turn) end_turn(last_turn);
-                    last_turn = turn;
-                } else if (is_first) {
+                if (lane == 0 && (args.deterministic || is_first)) {
                     wait_bulk<0>();
-                    end_turn(turn);  // kClaimed becomes kStored
+                    end_turn(turn);  // others may add
                 }
             }
         }
         if (lane == 0) wait_bulk<0>();  // also because shared memory may go
-        if (last_turn) end_turn(last_turn);
-        __syncwarp();  // all lanes have read the tile
+        __syncwarp();                   // all lanes have read the tile
         if (lane == 0) shared.tile_empty[tiles.stage()].arrive();
     }
 }
@@ -290,7 +292,7 @@ struct Consumer {
     // The tensor cores always have work queued while this warpgroup does arithmetic: dP^T under the exponentials, dV
     // under dS, dK and S^T of the next block under the writing of dQ.
     __device__ __forceinline__ void attend(const Tile& tile) {
-        const int num_steps = tile.seeing.size() * args.group;
+        const int num_steps = tile.seeing.size() * tile.num_heads;
         const int tail_block = tile.doc.q_len / kQueries;    // ends behind the document, if it is there at all
         const int next_block = args.deterministic ? -1 : 1;  // see nth_block
         int block = nth_block(tile, 0, args), head = 0;
@@ -322,7 +324,7 @@ struct Consumer {
             shared.d_out_empty[stage].arrive_as_warp();
             issue_gradient(dk, ds16, shared.q[stage]);
             ring.next();
-            if (++head == args.group) head = 0, block += next_block;
+            if (++head == tile.num_heads) head = 0, block += next_block;
             if (left > 0) wait_for_q(tile, block == tail_block);
             // NOTE: behind the last block too, where nobody reads s: the assembler makes every wgmma wait if one of
             // them stands under a condition.
@@ -404,8 +406,36 @@ struct Consumer {
             attend(tile);
             shared.kv_empty.arrive_as_warp();
         }
-        store(args.dk, dk, args.shape.scale, tile);
-        store(args.dv, dv, 1.0f, tile);
+        if (args.dkv_sum) {
+            add_in_turn(tile);
+        } else {
+            store(args.dk, dk, args.shape.scale, tile);
+            store(args.dv, dv, 1.0f, tile);
+        }
+    }
+
+    // To the sums of the parts of a group, part after part: the same bits in every run. A warp has 16 keys.
+    __device__ __forceinline__ void add_in_turn(const Tile& tile) {
+        const int first = tile.first_key + warpgroup * 64 + thread / 32 * 16;
+        if (first >= tile.doc.k_len) return;
+        int* turn = args.dkv_turns + tile.kv_head * args.shape.num_keys + tile.doc.k_begin + first;
+        while (read_turn(turn) != tile.part) continue;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int row = first + lane / 4 + 8 * r;
+            const int64_t place = int64_t(tile.doc.k_begin + row) * args.shape.kv_heads + tile.kv_head;
+            float* to = args.dkv_sum + place * C + lane % 4 * 2;
+            const int64_t dv_from_dk = int64_t(args.shape.num_keys) * args.shape.kv_heads * C;
+            if (row >= tile.doc.k_len) continue;
+#pragma unroll
+            for (int i = 0; i < C / 8; ++i) {
+                const int pair = 4 * i + 2 * r;
+                write_sum(to + 8 * i, dk[pair] * args.shape.scale, dk[pair + 1] * args.shape.scale, tile.part == 0);
+                write_sum(to + 8 * i + dv_from_dk, dv[pair], dv[pair + 1], tile.part == 0);
+            }
+        }
+        __syncwarp();
+        if (lane == 0) end_turn(turn);  // all of the warp's writes are there for others with it
     }
 
     __device__ __forceinline__ void store(__nv_bfloat16* out, const float (&x)[C / 2], float scale, const Tile& tile) {
@@ -469,15 +499,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
 }
 
-constexpr int kBlocksOfTile = kHopperTiles.queries / kQueries;  // blocks of queries in an item of the plan
-
 // dq = scale * its sum, or 0 where there is none; a block of 64 queries of one head by each CTA of 128 threads. Thread
 // t finds in float4 j of half w what thread t of warpgroup w had in registers 4 j ..: rows 16 * (t / 32) + t % 32 / 4
 // (+ 8), two columns of each.
 template <int C>
 __global__ void __launch_bounds__(128) finish_kernel(AttentionShape shape, int* plan_ints, int padded_rows,
                                                      const float* dq_sum, const int* turns, __nv_bfloat16* dq) {
-    const Plan plan(plan_ints, shape, kHopperTiles);
+    const Plan plan(plan_ints, shape, hopper_tiles(C));
+    constexpr int kBlocksOfTile = hopper_tiles(C).queries / kQueries;  // blocks of queries in an item of the plan
     if (blockIdx.x / kBlocksOfTile >= plan.num_query_items()) return;
     const Item item = plan.query_items[blockIdx.x / kBlocksOfTile];
     const Document doc = plan.documents[item.document];
@@ -516,14 +545,15 @@ void launch(const AttentionBackward& args, int device, cudaStream_t stream) {
     const int padded_rows = static_cast<int>(attention_padded_rows(shape));
     const Arguments arguments = {shape,
                                  plan,
-                                 shape.heads / shape.kv_heads,
                                  padded_rows,
                                  args.rows,
                                  args.dq_sum,
                                  args.turns,
                                  args.deterministic,
                                  static_cast<__nv_bfloat16*>(args.dk),
-                                 static_cast<__nv_bfloat16*>(args.dv)};
+                                 static_cast<__nv_bfloat16*>(args.dv),
+                                 args.dkv_sum,
+                                 args.dkv_turns};
     constexpr int kBytes = sizeof(Shared<C>);
     check(cudaFuncSetAttribute(backward_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
           "cudaFuncSetAttribute");
@@ -531,7 +561,7 @@ void launch(const AttentionBackward& args, int device, cudaStream_t stream) {
         tensor_map(args.q, s->num_queries, s->heads, C, kQueries),
         tensor_map(args.k, s->num_keys, s->kv_heads, C, kKeys), tensor_map(args.v, s->num_keys, s->kv_heads, C, kKeys),
         tensor_map(args.d_out, s->num_queries, s->heads, C, kQueries), arguments);
-    const int grid = Plan::max_query_items(shape, kHopperTiles) * kBlocksOfTile;
+    const int grid = Plan::max_query_items(shape, hopper_tiles(C)) * hopper_tiles(C).queries / kQueries;
     finish_kernel<C><<<grid, 128, 0, stream>>>(shape, plan, padded_rows, args.dq_sum, args.turns,
                                                static_cast<__nv_bfloat16*>(args.dq));
     check(cudaGetLastError(), "attention_backward_sm90",
@@ -546,7 +576,7 @@ void launch(const AttentionBackward& args, int device, cudaStream_t stream) {
 
 void attention_backward_sm90(const AttentionBackward& args, int device, cudaStream_t stream) {
     const OnDevice guard(device);
-    attention_prepare(args, kHopperTiles, false, device, stream);
+    attention_prepare(args, hopper_tiles(args.shape.head_dim), false, device, stream);
     switch (args.shape.head_dim) {
         case 64:
             return launch<64>(args, device, stream);

@@ -1,7 +1,7 @@
 // Attention forward on Hopper: one persistent CTA of three warpgroups per SM.
 //
 //   warpgroup 0, one thread      takes the next tile, loads Q, then K and V block by block (TMA), two blocks ahead
-//   warpgroups 1 and 2           64 query rows each: S = Q K^T, online softmax in registers, O += P V
+//   the other warpgroups         64 query rows each: S = Q K^T, online softmax in registers, O += P V
 //
 // Two overlaps keep the tensor cores busy. Inside a warpgroup: P V of a block is issued behind S of the next one, and
 // runs while the softmax of that S is computed. Between the two warpgroups, by turns: one issues its products while the
@@ -18,11 +18,16 @@ namespace {
 
 using namespace sm90;
 
-constexpr int kRows = kHopperTiles.queries;  // of a tile, 64 a warpgroup
-constexpr int kKeys = 128;                   // keys of a block
-constexpr int kStages = 2;                   // blocks of K and of V in shared memory
-constexpr int kThreads = 384;
-constexpr int kTurn = 1, kTogether = 3;  // named barriers, one for each of the two warpgroups
+constexpr int kStages = 2;               // blocks of K and of V in shared memory
+constexpr int kTurn = 1, kTogether = 4;  // named barriers, one for each warpgroup that consumes
+
+template <int C, int kKeys>  // keys of a block
+struct Sizes {
+    static constexpr int kRows = hopper_tiles(C).queries;  // of a tile
+    static constexpr int kConsumers = kRows / 64;          // warpgroups
+    static constexpr int kThreads = 128 * (1 + kConsumers);
+    static constexpr int kRegisters = kConsumers == 2 ? 240 : 160, kProducerRegisters = kConsumers == 2 ? 24 : 32;
+};
 
 struct Tile {
     Document doc;
@@ -30,9 +35,9 @@ struct Tile {
     Band::Range seen, whole;  // blocks of keys that it sees, and of these the ones that need no mask
 };
 
-template <int C>
+template <int C, int kKeys>
 struct alignas(1024) Shared {
-    __nv_bfloat16 q[kRows * C], k[kStages][kKeys * C], v[kStages][kKeys * C];
+    __nv_bfloat16 q[Sizes<C, kKeys>::kRows * C], k[kStages][kKeys * C], v[kStages][kKeys * C];
     Tile tile[2];
     Mbarrier tile_full[2], tile_empty[2], q_full, q_empty, k_full[kStages], k_empty[kStages], v_full[kStages],
         v_empty[kStages];
@@ -46,11 +51,12 @@ struct Arguments {
 };
 
 // One thread: tells the CTA which tile is next, one ahead of the work, and loads what it needs.
-template <int C>
-__device__ void produce(Shared<C>& shared, const Arguments& args, const CUtensorMap* q_map, const CUtensorMap* k_map,
-                        const CUtensorMap* v_map) {
+template <int C, int kKeys>
+__device__ void produce(Shared<C, kKeys>& shared, const Arguments& args, const CUtensorMap* q_map,
+                        const CUtensorMap* k_map, const CUtensorMap* v_map) {
     const AttentionShape& shape = args.shape;
-    const Plan plan(args.plan, shape, kHopperTiles);
+    constexpr int kRows = Sizes<C, kKeys>::kRows;
+    const Plan plan(args.plan, shape, hopper_tiles(C));
     const int num_items = plan.num_query_items(), group = shape.heads / shape.kv_heads;
     const Band band{shape.look_back, shape.look_ahead};
     Ring<1> q;
@@ -93,17 +99,17 @@ __device__ void produce(Shared<C>& shared, const Arguments& args, const CUtensor
 }
 
 // One warpgroup's 64 rows of a tile.
-template <int C>
+template <int C, int kKeys>
 struct Consumer {
-    Shared<C>& shared;
+    Shared<C, kKeys>& shared;
     const Arguments& args;
-    const int warpgroup, thread, lane;  // 0 or 1, thread in the warpgroup
+    const int warpgroup, thread, lane;  // of those that consume, thread in the warpgroup
     Ring<1> q;
     Ring<kStages> k, v;
     float s[kKeys / 2], o[C / 2], max[2], sum[2];  // of the thread's rows r and r + 8
     uint32_t p[kKeys / 4];
 
-    __device__ Consumer(Shared<C>& shared, const Arguments& args, int warpgroup)
+    __device__ Consumer(Shared<C, kKeys>& shared, const Arguments& args, int warpgroup)
         : shared(shared), args(args), warpgroup(warpgroup), thread(threadIdx.x % 128), lane(threadIdx.x % 32) {}
 
     // S = Q K^T, not awaited.
@@ -113,8 +119,9 @@ struct Consumer {
         wgmma_fence();
 #pragma unroll
         for (int c = 0; c < C / 16; ++c) {  // 16 channels are 32 bytes of a row, 4 of them a panel
-            Wgmma<kKeys>::template ss<false, false>(s, descriptor(q_tile + c / 4 * kRows * 128 + c % 4 * 32),
-                                                    descriptor(k_tile + c / 4 * kKeys * 128 + c % 4 * 32), c != 0);
+            Wgmma<kKeys>::template ss<false, false>(
+                s, descriptor(q_tile + c / 4 * Sizes<C, kKeys>::kRows * 128 + c % 4 * 32),
+                descriptor(k_tile + c / 4 * kKeys * 128 + c % 4 * 32), c != 0);
         }
         wgmma_commit();
     }
@@ -210,11 +217,11 @@ struct Consumer {
             for (int i = 0; i < C / 2; ++i) o[i] *= rescale[i / 2 % 2];
             if (--block < tile.seen.begin) break;
             shared.k_full[k.stage()].wait(k.parity());
-            barrier_sync(kTurn + warpgroup, 256);  // the other warpgroup has issued its products
+            barrier_sync(kTurn + warpgroup, 256);  // the one before has issued its products
             issue_scores();
             shared.v_full[v.stage()].wait(v.parity());
             issue_output();
-            barrier_arrive(kTurn + (warpgroup ^ 1), 256);
+            barrier_arrive(kTurn + (warpgroup + 1) % Sizes<C, kKeys>::kConsumers, 256);
             wgmma_wait<1>(s);  // the scores
             shared.k_empty[k.stage()].arrive_as_warp();
             k.next();
@@ -253,17 +260,17 @@ struct Consumer {
     }
 };
 
-template <int C>
-__global__ void __launch_bounds__(kThreads, 1)
+template <int C, int kKeys>
+__global__ void __launch_bounds__(Sizes<C, kKeys>::kThreads, 1)
     forward_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                    const __grid_constant__ CUtensorMap v_map, const __grid_constant__ Arguments args) {
     extern __shared__ __align__(1024) uint8_t memory[];
     // NOTE: no arithmetic on this address: the compiler would lose sight of its being shared, and use slow generic
     // loads.
-    Shared<C>& shared = *reinterpret_cast<Shared<C>*>(memory);
+    Shared<C, kKeys>& shared = *reinterpret_cast<Shared<C, kKeys>*>(memory);
     if (threadIdx.x == 0) {
         if (shared_address(&shared) % 1024) __trap();  // TMA's and wgmma's swizzle count on it
-        constexpr int kWarps = 8;                      // of the two warpgroups that consume
+        constexpr int kWarps = 4 * Sizes<C, kKeys>::kConsumers;
         for (int i = 0; i < 2; ++i) shared.tile_full[i].init(1), shared.tile_empty[i].init(kWarps);
         shared.q_full.init(1), shared.q_empty.init(kWarps);
         for (int i = 0; i < kStages; ++i) {
@@ -275,14 +282,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     __syncthreads();
     if (threadIdx.x < 128) {
-        give_registers<24>();
+        give_registers<Sizes<C, kKeys>::kProducerRegisters>();
         if (threadIdx.x < 32 && elect_one()) {
             produce(shared, args, &q_map, &k_map, &v_map);
         }
     } else {
-        take_registers<240>();
-        Consumer<C> consumer(shared, args, __shfl_sync(~0u, threadIdx.x / 128, 0) - 1);  // the same in a warp, visibly
-        if (consumer.warpgroup == 1) barrier_arrive(kTurn, 256);  // the first turn; one is left over after each tile
+        take_registers<Sizes<C, kKeys>::kRegisters>();
+        Consumer<C, kKeys> consumer(shared, args,
+                                    __shfl_sync(~0u, threadIdx.x / 128, 0) - 1);  // the same in a warp, visibly
+        if (consumer.warpgroup == Sizes<C, kKeys>::kConsumers - 1)
+            barrier_arrive(kTurn, 256);  // the first turn; one is left over after each tile
         for (Ring<2> tiles;; tiles.next()) {
             shared.tile_full[tiles.stage()].wait(tiles.parity());
             const Tile& tile = shared.tile[tiles.stage()];  // read there when needed: registers are scarce
@@ -294,17 +303,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
 }
 
-template <int C>
+template <int C, int kKeys>
 void launch(const AttentionForward& args, int device, cudaStream_t stream) {
     const AttentionShape& shape = args.shape;
     const auto map = [&](const Packed& x, int rows, int heads, int box) { return tensor_map(x, rows, heads, C, box); };
     const Arguments arguments = {shape, args.plan, static_cast<__nv_bfloat16*>(args.out), args.lse};
-    constexpr int kBytes = sizeof(Shared<C>);
-    check(cudaFuncSetAttribute(forward_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
+    constexpr int kBytes = sizeof(Shared<C, kKeys>);
+    check(cudaFuncSetAttribute(forward_kernel<C, kKeys>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
           "cudaFuncSetAttribute");
-    forward_kernel<C><<<num_processors(device), kThreads, kBytes, stream>>>(
-        map(args.q, shape.num_queries, shape.heads, kRows), map(args.k, shape.num_keys, shape.kv_heads, kKeys),
-        map(args.v, shape.num_keys, shape.kv_heads, kKeys), arguments);
+    forward_kernel<C, kKeys><<<num_processors(device), Sizes<C, kKeys>::kThreads, kBytes, stream>>>(
+        map(args.q, shape.num_queries, shape.heads, Sizes<C, kKeys>::kRows),
+        map(args.k, shape.num_keys, shape.kv_heads, kKeys), map(args.v, shape.num_keys, shape.kv_heads, kKeys),
+        arguments);
     check(cudaGetLastError(), "attention_forward_sm90",
           {{"queries", shape.num_queries},
            {"keys", shape.num_keys},
@@ -319,9 +329,11 @@ void attention_forward_sm90(const AttentionForward& args, int device, cudaStream
     const OnDevice guard(device);
     switch (args.shape.head_dim) {
         case 64:
-            return launch<64>(args, device, stream);
+            return launch<64, 128>(args, device, stream);
         case 128:
-            return launch<128>(args, device, stream);
+            // A larger block, with fewer turns for the same work, where it does not make a mask's edge wider.
+            return args.shape.look_ahead > 0 ? launch<128, 176>(args, device, stream)
+                                             : launch<128, 128>(args, device, stream);
         default:
             throw std::invalid_argument("head_dim=" + std::to_string(args.shape.head_dim) + " is not in 64, 128");
     }

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(AttentionShape shape, At
     const bool is_keys = blockIdx.y == 1;
     const int N = shape.num_documents;
     const List of_queries = {cu_q, N, shape.num_queries, tile.queries, shape.heads};
-    const List of_keys = {cu_k, N, shape.num_keys, tile.keys, shape.kv_heads};
+    const List of_keys = {cu_k, N, shape.num_keys, tile.keys, Plan::key_heads(shape, tile)};
     List list = is_keys ? of_keys : of_queries;
     if (!of_queries.is_valid() || !of_keys.is_valid()) list.cu = nullptr;  // no documents: all rows are outside of them
     for (int t = threadIdx.x; t < kMaxTiles; t += kThreads) place[t] = 0;
@@ -186,8 +186,10 @@ uint64_t capture_id(cudaStream_t stream) {
 }
 
 AttentionTiles attention_tiles(int head_dim, bool hopper) {
-    return hopper ? kHopperTiles : attention_tiles_sm80(head_dim);
+    return hopper ? hopper_tiles(head_dim) : attention_tiles_sm80(head_dim);
 }
+
+int attention_parts(const AttentionShape& shape, AttentionTiles tile) { return Plan::parts(shape, tile); }
 
 int64_t attention_padded_rows(const AttentionShape& shape) {
     return (int64_t(shape.num_queries) + kQueryBlock - 1) / kQueryBlock * kQueryBlock +

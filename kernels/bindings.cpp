@@ -6,10 +6,11 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
-#include <utility>
+#include <tuple>
 
 #include "attention.h"
 #include "cross_entropy.h"
+#include "norm_rotate.h"
 
 namespace {
 
@@ -26,7 +27,11 @@ minitrain::Dtype dtype_of(const std::string& name) {
     throw std::invalid_argument("dtype='" + name + "' is not supported; use 'bfloat16' or 'float32'");
 }
 
-using Tiles = std::pair<int, int>;  // of queries, of keys
+using Tiles = std::tuple<int, int, int>;  // AttentionTiles
+
+minitrain::AttentionTiles tiles_of(const Tiles& tiles) {
+    return std::apply([](auto... n) { return minitrain::AttentionTiles{n...}; }, tiles);
+}
 
 [[noreturn]] void no_hopper() { throw std::invalid_argument("hopper=True, but built for " MINITRAIN_ARCHS); }
 
@@ -73,17 +78,20 @@ PYBIND11_MODULE(kernels, m) {
         "Number of the CUDA graph capture that the stream is in, 0 if it is in none.");
     m.def("attention_tiles", [](int head_dim, bool hopper) {
         const auto tiles = minitrain::attention_tiles(head_dim, hopper);
-        return Tiles(tiles.queries, tiles.keys);
+        return Tiles(tiles.queries, tiles.keys, tiles.group);
     });
-    m.def("attention_plan_ints", [](const AttentionShape& shape, Tiles tiles) {
-        return minitrain::attention_plan_ints(shape, {tiles.first, tiles.second});
+    m.def("attention_parts", [](const AttentionShape& shape, const Tiles& tiles) {
+        return minitrain::attention_parts(shape, tiles_of(tiles));
+    });
+    m.def("attention_plan_ints", [](const AttentionShape& shape, const Tiles& tiles) {
+        return minitrain::attention_plan_ints(shape, tiles_of(tiles));
     });
     m.def(
         "attention_plan",
-        [](const AttentionShape& shape, Tiles tiles, uintptr_t cu_q, uintptr_t cu_k, uintptr_t plan, int device,
+        [](const AttentionShape& shape, const Tiles& tiles, uintptr_t cu_q, uintptr_t cu_k, uintptr_t plan, int device,
            uintptr_t stream) {
-            minitrain::attention_plan(shape, {tiles.first, tiles.second}, pointer<const int>(cu_q),
-                                      pointer<const int>(cu_k), pointer<int>(plan), device, stream_of(stream));
+            minitrain::attention_plan(shape, tiles_of(tiles), pointer<const int>(cu_q), pointer<const int>(cu_k),
+                                      pointer<int>(plan), device, stream_of(stream));
         },
         py::arg("shape"), py::arg("tiles"), py::arg("cu_q"), py::arg("cu_k"), py::arg("plan"), py::arg("device"),
         py::arg("stream"));
@@ -106,7 +114,8 @@ PYBIND11_MODULE(kernels, m) {
         "attention_backward",
         [](const AttentionShape& shape, uintptr_t plan, Packed q, Packed k, Packed v, Packed out, Packed d_out,
            uintptr_t lse, uintptr_t d_lse, uintptr_t dq, uintptr_t dk, uintptr_t dv, uintptr_t rows, uintptr_t dq_sum,
-           uintptr_t turns, bool deterministic, bool hopper, int device, uintptr_t stream) {
+           uintptr_t turns, uintptr_t dkv_sum, uintptr_t dkv_turns, bool deterministic, bool hopper, int device,
+           uintptr_t stream) {
             const minitrain::AttentionBackward args = {shape,
                                                        pointer<int>(plan),
                                                        q,
@@ -122,7 +131,9 @@ PYBIND11_MODULE(kernels, m) {
                                                        pointer<float>(rows),
                                                        pointer<float>(dq_sum),
                                                        pointer<int>(turns),
-                                                       deterministic};
+                                                       deterministic,
+                                                       pointer<float>(dkv_sum),
+                                                       pointer<int>(dkv_turns)};
 #if MINITRAIN_SM90
             if (hopper) return minitrain::attention_backward_sm90(args, device, stream_of(stream));
 #endif
@@ -131,6 +142,35 @@ PYBIND11_MODULE(kernels, m) {
         },
         py::arg("shape"), py::arg("plan"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("d_out"),
         py::arg("lse"), py::arg("d_lse"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("rows"),
-        py::arg("dq_sum"), py::arg("turns"), py::arg("deterministic"), py::arg("hopper"), py::arg("device"),
-        py::arg("stream"));
+        py::arg("dq_sum"), py::arg("turns"), py::arg("dkv_sum"), py::arg("dkv_turns"), py::arg("deterministic"),
+        py::arg("hopper"), py::arg("device"), py::arg("stream"));
+
+    // RMSNorm of each head and rotary positions: kernels/norm_rotate.h.
+    using minitrain::NormRotate;
+    const auto of = [](int tokens, int heads, int head_dim, Packed x, uintptr_t weight, uintptr_t cos, uintptr_t sin,
+                       float eps) {
+        return NormRotate{tokens, heads, head_dim, x, pointer<void>(weight), pointer<float>(cos), pointer<float>(sin),
+                          eps};
+    };
+    m.def(
+        "norm_rotate",
+        [of](int tokens, int heads, int head_dim, Packed x, uintptr_t weight, uintptr_t cos, uintptr_t sin, float eps,
+             uintptr_t out, int device, uintptr_t stream) {
+            minitrain::norm_rotate(of(tokens, heads, head_dim, x, weight, cos, sin, eps), pointer<void>(out), device,
+                                   stream_of(stream));
+        },
+        py::arg("tokens"), py::arg("heads"), py::arg("head_dim"), py::arg("x"), py::arg("weight"), py::arg("cos"),
+        py::arg("sin"), py::arg("eps"), py::arg("out"), py::arg("device"), py::arg("stream"));
+    m.def("norm_rotate_num_parts", &minitrain::norm_rotate_num_parts);
+    m.def(
+        "norm_rotate_backward",
+        [of](int tokens, int heads, int head_dim, Packed x, uintptr_t weight, uintptr_t cos, uintptr_t sin, float eps,
+             Packed d_out, uintptr_t dx, uintptr_t weight_grads, int num_parts, int device, uintptr_t stream) {
+            minitrain::norm_rotate_backward(of(tokens, heads, head_dim, x, weight, cos, sin, eps), d_out,
+                                            pointer<void>(dx), pointer<float>(weight_grads), num_parts, device,
+                                            stream_of(stream));
+        },
+        py::arg("tokens"), py::arg("heads"), py::arg("head_dim"), py::arg("x"), py::arg("weight"), py::arg("cos"),
+        py::arg("sin"), py::arg("eps"), py::arg("d_out"), py::arg("dx"), py::arg("weight_grads"), py::arg("num_parts"),
+        py::arg("device"), py::arg("stream"));
 }

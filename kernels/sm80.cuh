@@ -23,7 +23,7 @@ namespace minitrain {
 // Queries: 32 rows to a warp halve what it reads of K and V per product, but above 128 channels the output of 32 rows
 // does not fit in registers. Keys: 64 of 256 channels would not fit in the 99 KB of sm_86, sm_89, sm_120 (backward).
 __host__ __device__ constexpr AttentionTiles attention_tiles_sm80(int head_dim) {
-    return {head_dim <= 128 ? 128 : 64, head_dim <= 192 ? 64 : 32};
+    return {head_dim <= 128 ? 128 : 64, head_dim <= 192 ? 64 : 32, kUnbounded};
 }
 
 namespace sm80 {

@@ -123,6 +123,15 @@ MINITRAIN_DEVICE void write_sum(float* to, const float* from, uint32_t bytes, bo
     }
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
+// to[0 .. 1] = x, y if they are the first, else += x, y, in global memory.
+MINITRAIN_DEVICE void write_sum(float* to, float x, float y, bool is_first) {
+    asm volatile(
+        "{.reg .pred first; setp.ne.b32 first, %3, 0;\n"
+        "@first st.global.v2.f32 [%0], {%1, %2};\n"
+        "@!first red.global.add.v2.f32 [%0], {%1, %2};}" ::"l"(to),
+        "f"(x), "f"(y), "r"(int(is_first))
+        : "memory");
+}
 // Rows of a tile that belong to no row of the document become 0: their probabilities are 0, but 0 * NaN is not. Each
 // warpgroup that reads the tile calls this: it writes all of these rows, and waits at its barrier for itself alone.
 template <int kRows, int kCols>
@@ -201,6 +210,7 @@ struct Wgmma;
 #define MINITRAIN_D16(i) MINITRAIN_D8(i), MINITRAIN_D8(i + 8)
 #define MINITRAIN_D32(i) MINITRAIN_D16(i), MINITRAIN_D16(i + 16)
 #define MINITRAIN_D64(i) MINITRAIN_D32(i), MINITRAIN_D32(i + 32)
+#define MINITRAIN_D88(i) MINITRAIN_D64(i), MINITRAIN_D16(i + 64), MINITRAIN_D8(i + 80)
 
 // REGISTERS: the numbers of the N / 2 operands D; I0 .. I6: those of the inputs, which follow them.
 #define MINITRAIN_WGMMA(N, REGISTERS, D, I0, I1, I2, I3, I4, I5, I6)                                             \
@@ -236,6 +246,11 @@ MINITRAIN_WGMMA(128,
                 "," MINITRAIN_R(5) ",%60,%61,%62,%63",
                 MINITRAIN_D64(0),  //
                 "%64", "%65", "%66", "%67", "%68", "%69", "%70");
+MINITRAIN_WGMMA(176,
+                MINITRAIN_R0_9 "," MINITRAIN_R(1) "," MINITRAIN_R(2) "," MINITRAIN_R(3) "," MINITRAIN_R(4)  //
+                "," MINITRAIN_R(5) "," MINITRAIN_R(6) "," MINITRAIN_R(7) ",%80,%81,%82,%83,%84,%85,%86,%87",
+                MINITRAIN_D88(0),  //
+                "%88", "%89", "%90", "%91", "%92", "%93", "%94");
 
 // ---- accumulators to bf16
 

@@ -212,28 +212,35 @@ def attention_bwd(
     shape = _shape(q, k, cu_q, look_back, look_ahead, scale)
     R = kernels.attention_padded_rows(shape)
     rows, dq_sum = lse.new_empty(2, H, R), lse.new_empty(H, R, C)
-    turns = cu_q.new_empty(H, R // 64)
+    turns, tiles = cu_q.new_empty(H, R // 64), _tiles(C, hopper)
+    is_split = kernels.attention_parts(shape, tiles) > 1  # then dk and dv are sums of several parts
+    dkv_sum = lse.new_empty(2, *k.shape) if is_split else None
+    dkv_turns = cu_q.new_zeros(k.shape[1], S) if is_split else None
     kernels.attention_backward(
         shape=shape,
-        plan=make_plan(cu_q, cu_k, shape, _tiles(C, hopper)).data_ptr(),
+        plan=make_plan(cu_q, cu_k, shape, tiles).data_ptr(),
         q=_packed(q),
         k=_packed(k),
         v=_packed(v),
         out=_packed(out),
         d_out=_packed(d_out),
         lse=lse.data_ptr(),
-        d_lse=0 if d_lse is None else d_lse.data_ptr(),
+        d_lse=_address(d_lse),
         dq=dq.data_ptr(),
         dk=dk.data_ptr(),
         dv=dv.data_ptr(),
         rows=rows.data_ptr(),
         dq_sum=dq_sum.data_ptr(),
         turns=turns.data_ptr(),
+        dkv_sum=_address(dkv_sum),
+        dkv_turns=_address(dkv_turns),
         deterministic=deterministic,
         hopper=hopper,
         device=q.device.index,
         stream=_stream(q.device),
     )
+    if is_split:
+        dk, dv = (x.to(k.dtype) for x in dkv_sum)
     return dq, dk, dv
 
 
@@ -271,6 +278,10 @@ def _addressable(x: Tensor) -> Tensor:
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
 def _packed(x: Tensor):
     rows, heads = (s if size > 1 else x.shape[2] for s, size in zip(x.stride()[:2], x.shape[:2], strict=True))
     return kernels.Packed(x.data_ptr(), rows, heads)
@@ -289,15 +300,15 @@ def _stream(device: torch.device) -> int:
 
 
 @functools.cache
-def _tiles(head_dim: int, hopper: bool) -> tuple[int, int]:
+def _tiles(head_dim: int, hopper: bool) -> tuple[int, int, int]:
     return kernels.attention_tiles(head_dim, hopper)
 
 
 # ---- the plan
 
 
-def make_plan(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, shape, tiles: tuple[int, int]) -> Tensor:
-    """The list of work of these documents in tiles of so many queries and keys, int32; see kernels/attention.cuh.
+def make_plan(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, shape, tiles: tuple[int, int, int]) -> Tensor:
+    """The list of work of these documents in such tiles (AttentionTiles), int32; see kernels/attention.cuh.
 
     Made on the device, without a wait. A tensor with an attribute `plans`, a dict, keeps it there, so that all layers
     and both passes of a batch share one; Batch gives its cu_seqlens that attribute. It is made anew after they were

@@ -32,14 +32,14 @@ AttentionShape shape_of(int T, int S, int N) {
 extern "C" {
 int unbounded() { return kUnbounded; }
 int64_t plan_ints(int T, int S, int N, int queries, int keys) {
-    return attention_plan_ints(shape_of(T, S, N), {queries, keys});
+    return attention_plan_ints(shape_of(T, S, N), {queries, keys, kUnbounded});
 }
 void plan(int T, int S, int N, int queries, int keys, const int* cu_q, const int* cu_k, int* out) {
-    attention_plan(shape_of(T, S, N), {queries, keys}, cu_q, cu_k, out, 0, nullptr);
+    attention_plan(shape_of(T, S, N), {queries, keys, kUnbounded}, cu_q, cu_k, out, 0, nullptr);
 }
 // Where its lists begin.
 void plan_offsets(int T, int S, int N, int queries, int keys, int* plan, int* out) {
-    const Plan p(plan, shape_of(T, S, N), {queries, keys});
+    const Plan p(plan, shape_of(T, S, N), {queries, keys, kUnbounded});
     const void* lists[] = {p.documents, p.query_items, p.key_items};
     for (int i = 0; i < 3; ++i) out[i] = static_cast<const int*>(lists[i]) - plan;
 }
@@ -189,7 +189,9 @@ def test_the_plan_of_the_gpu_lists_every_tile_once_in_waves(lengths, keys, unuse
             look_back=0, look_ahead=0, scale=1.0,
         )  # fmt: skip
         processors = torch.cuda.get_device_properties(0).multi_processor_count
-        assert_plan_is_right(make_plan(*on_device, shape, tiles).tolist(), cu_q, cu_k, T, S, tiles, processors)
+        assert_plan_is_right(
+            make_plan(*on_device, shape, (*tiles, kernels.UNBOUNDED)).tolist(), cu_q, cu_k, T, S, tiles, processors
+        )
 
 
 @pytest.mark.parametrize(

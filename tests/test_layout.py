@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1] / "minitrain"
 FLOORS = [
     {"config", "kernels"},
     {"fused_attention"},
-    {"storage", "batch", "attention", "parallel.mesh"},
+    {"storage", "batch", "attention", "norm_rotate", "parallel.mesh"},
     {
         "left": {"models", "models.layers", "models.llama", "models.qwen3", "models.qwen3_moe",
                  "loss", "optim", "data", "metrics"},

@@ -53,6 +53,7 @@ class Forward(ctypes.Structure):
 class Backward(ctypes.Structure):
     _fields_ = of(Shape, "shape") + of(c_void_p, "plan") + of(Packed, "q k v out d_out")
     _fields_ += of(c_void_p, "lse d_lse dq dk dv rows dq_sum turns") + of(c_bool, "deterministic")
+    _fields_ += of(c_void_p, "dkv_sum dkv_turns")
 
 
 HARNESS = r"""

@@ -105,6 +105,15 @@ def rotate(x_THC: Tensor, cos_TC2: Tensor, sin_TC2: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x_THC.dtype)
 
 
+def norm_rotate(x_THC: Tensor, norm: nn.Module, cos_TC2: Tensor, sin_TC2: Tensor) -> Tensor:
+    """rotate(norm(x)): as one kernel each way where `norm` is an RMSNorm and the kernel can run."""
+    from minitrain import norm_rotate as fused  # on use only: who reads the models need not read it
+
+    if isinstance(norm, nn.RMSNorm) and fused.can_run(x_THC, norm.weight):
+        return fused.norm_rotate(x_THC, norm.weight, cos_TC2, sin_TC2, norm.eps)
+    return rotate(norm(x_THC), cos_TC2, sin_TC2)
+
+
 # ---- the two halves of a block
 
 
@@ -121,12 +130,13 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(cfg.num_attention_heads * C, D, bias=o_bias)
         self.q_norm = nn.RMSNorm(C, cfg.rms_norm_eps) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(C, cfg.rms_norm_eps) if qk_norm else nn.Identity()
-        self.attention = attention  # the seam: put any function of the same signature here
+        self.norm_rotate = norm_rotate  # the seams: put any function of the same signature here
+        self.attention = attention
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         shape = (len(x_TD), -1, self.head_dim)  # -1: the heads that this rank has
-        q_THC = rotate(self.q_norm(self.q_proj(x_TD).view(shape)), *rope)
-        k_TKC = rotate(self.k_norm(self.k_proj(x_TD).view(shape)), *rope)
+        q_THC = self.norm_rotate(self.q_proj(x_TD).view(shape), self.q_norm, *rope)
+        k_TKC = self.norm_rotate(self.k_proj(x_TD).view(shape), self.k_norm, *rope)
         v_TKC = self.v_proj(x_TD).view(shape)
         o_THC = self.attention(q_THC, k_TKC, v_TKC, batch.cu_seqlens_q, batch.cu_seqlens_k, batch.max_seqlen)
         return self.o_proj(o_THC.flatten(1))

@@ -1,0 +1,95 @@
+"""RMSNorm of each head and its rotary positions, what Qwen3 does to queries and keys, as one CUDA kernel each way.
+
+models/layers.py has the plain functions and chooses. Dimensions: T tokens, H heads, C channels of a head.
+"""
+
+import torch
+from torch import Tensor
+
+from minitrain.fused_attention import _addressable, _packed, _stream, kernels
+
+HEAD_DIMS = (64, 128, 256)
+
+
+def can_run(x_THC: Tensor, weight_C: Tensor) -> bool:
+    """Whether norm_rotate takes these: bf16 on a CUDA device, C of HEAD_DIMS, and the extension is built."""
+    dtypes = {x_THC.dtype, weight_C.dtype}
+    return kernels is not None and x_THC.is_cuda and dtypes == {torch.bfloat16} and x_THC.shape[-1] in HEAD_DIMS
+
+
+@torch.library.custom_op("minitrain::norm_rotate", mutates_args=(), device_types="cuda")
+def norm_rotate(x_THC: Tensor, weight_C: Tensor, cos_TC2: Tensor, sin_TC2: Tensor, eps: float) -> Tensor:
+    """weight * x / rms(x) over C, then channels i and i + C/2 turned by the token's angle -> (T, H, C). Differentiable.
+
+    x (T, H, C) and weight (C,) bf16, cos and sin (T, C/2) fp32; computed in fp32, rounded once. eps is added to the
+    mean square. No gradient for cos and sin. Norm: Zhang & Sennrich 2019, arXiv:1910.07467.
+    """
+    out_THC, x_THC = x_THC.new_empty(x_THC.shape), _addressable(x_THC)
+    if out_THC.numel():
+        kernels.norm_rotate(**_arguments(x_THC, weight_C, cos_TC2, sin_TC2), eps=eps, out=out_THC.data_ptr())
+    return out_THC
+
+
+@torch.library.custom_op("minitrain::norm_rotate_bwd", mutates_args=(), device_types="cuda")
+def norm_rotate_bwd(
+    d_out_THC: Tensor, x_THC: Tensor, weight_C: Tensor, cos_TC2: Tensor, sin_TC2: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """-> dx (T, H, C), d_weight (C,)."""
+    dx_THC = x_THC.new_empty(x_THC.shape)
+    if not dx_THC.numel():
+        return dx_THC, torch.zeros_like(weight_C)
+    d_out_THC, x_THC = _addressable(d_out_THC), _addressable(x_THC)
+    parts_PC = cos_TC2.new_empty(kernels.norm_rotate_num_parts(x_THC.device.index), len(weight_C))
+    kernels.norm_rotate_backward(
+        **_arguments(x_THC, weight_C, cos_TC2, sin_TC2),
+        eps=eps,
+        d_out=_packed(d_out_THC),
+        dx=dx_THC.data_ptr(),
+        weight_grads=parts_PC.data_ptr(),
+        num_parts=len(parts_PC),
+    )
+    return dx_THC, parts_PC.sum(0).to(weight_C.dtype)
+
+
+def _arguments(x_THC, weight_C, cos_TC2, sin_TC2):
+    T, H, C = x_THC.shape
+    for name, tensor, shape in (
+        ("weight", weight_C, (C,)),
+        ("cos", cos_TC2, (T, C // 2)),
+        ("sin", sin_TC2, (T, C // 2)),
+    ):
+        if tuple(tensor.shape) != shape or not tensor.is_contiguous():
+            raise ValueError(f"norm_rotate: {name} is {tuple(tensor.shape)}, not {shape}, or not contiguous")
+    return {
+        "tokens": T,
+        "heads": H,
+        "head_dim": C,
+        "x": _packed(x_THC),
+        "weight": weight_C.data_ptr(),
+        "cos": cos_TC2.data_ptr(),
+        "sin": sin_TC2.data_ptr(),
+        "device": x_THC.device.index,
+        "stream": _stream(x_THC.device),
+    }
+
+
+@norm_rotate.register_fake
+def _(x_THC, *_):
+    return x_THC.new_empty(x_THC.shape)
+
+
+@norm_rotate_bwd.register_fake
+def _(d_out_THC, x_THC, weight_C, *_):
+    return x_THC.new_empty(x_THC.shape), torch.empty_like(weight_C)
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx, d_out_THC):
+    return *norm_rotate_bwd(d_out_THC, *ctx.saved_tensors, ctx.eps), None, None, None
+
+
+norm_rotate.register_autograd(_differentiate, setup_context=_save)
