@@ -2,16 +2,15 @@
 //
 //   warpgroup 0, warp 0          puts dQ of a block to its sum in global memory
 //                warp 1          takes the next tile of keys, loads K and V
-//                warps 2 and 3   load Q and dO of each block of 64 queries that sees it, and of each query head of the
-//                                group
+//                warps 2 and 3   load Q and dO of each block of 64 queries that sees it, of one or two query heads
 //   warpgroups 1 and 2           64 keys each: S^T = K Q^T, dP^T = V dO^T, P^T and dS^T in registers,
 //                                dV += P^T dO, dK += dS^T Q; dS goes to shared memory, and dQ = dS K with half the
 //                                channels each
 //
-// dK and dV stay in registers over all queries and heads: no sum in memory, the same bits in every run. dQ is summed
-// over key tiles in fp32 in global memory, by the copy engine, in the order of the accumulator's registers;
-// finish_kernel puts it into rows. Before all this attention_prepare makes D and scales lse. Equations: Dao et al.
-// 2022, arXiv:2205.14135.
+// dK and dV stay in registers over all queries and these heads. A group of more heads is in parts, tiles of their own,
+// which add to dK and dV in global memory, one after the other: the same bits in every run. dQ is summed over key tiles
+// in fp32 in global memory, by the copy engine, in the order of the accumulator's registers; finish_kernel puts it into
+// rows. Before all this attention_prepare makes D and scales lse. Equations: Dao et al. 2022, arXiv:2205.14135.
 
 #include "attention.cuh"
 #include "sm90.cuh"
@@ -416,22 +415,26 @@ struct Consumer {
 
     // To the sums of the parts of a group, part after part: the same bits in every run. A warp has 16 keys.
     __device__ __forceinline__ void add_in_turn(const Tile& tile) {
-        const int first = tile.first_key + warpgroup * 64 + thread / 32 * 16;
-        if (first >= tile.doc.k_len) return;
+        // NOTE: what decides where the warp goes comes from a shuffle: the compiler sees that the warp stays together,
+        // and keeps what all lanes share in uniform registers, in the main loop too.
+        const auto of_warp = [](int x) { return __shfl_sync(~0u, x, 0); };
+        const int part = of_warp(tile.part), k_len = of_warp(tile.doc.k_len);
+        const int first = of_warp(tile.first_key + warpgroup * 64 + thread / 32 * 16);
+        if (first >= k_len) return;
         int* turn = args.dkv_turns + tile.kv_head * args.shape.num_keys + tile.doc.k_begin + first;
-        while (read_turn(turn) != tile.part) continue;
+        while (of_warp(read_turn(turn)) != part) continue;
+        const int64_t from_dk_to_dv = int64_t(args.shape.num_keys) * args.shape.kv_heads * C;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int row = first + lane / 4 + 8 * r;
             const int64_t place = int64_t(tile.doc.k_begin + row) * args.shape.kv_heads + tile.kv_head;
             float* to = args.dkv_sum + place * C + lane % 4 * 2;
-            const int64_t dv_from_dk = int64_t(args.shape.num_keys) * args.shape.kv_heads * C;
-            if (row >= tile.doc.k_len) continue;
 #pragma unroll
             for (int i = 0; i < C / 8; ++i) {
                 const int pair = 4 * i + 2 * r;
-                write_sum(to + 8 * i, dk[pair] * args.shape.scale, dk[pair + 1] * args.shape.scale, tile.part == 0);
-                write_sum(to + 8 * i + dv_from_dk, dv[pair], dv[pair + 1], tile.part == 0);
+                const float x = dk[pair] * args.shape.scale, y = dk[pair + 1] * args.shape.scale;
+                write_sum(to + 8 * i, x, y, part == 0, row < k_len);
+                write_sum(to + 8 * i + from_dk_to_dv, dv[pair], dv[pair + 1], part == 0, row < k_len);
             }
         }
         __syncwarp();

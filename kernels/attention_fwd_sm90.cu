@@ -1,11 +1,11 @@
-// Attention forward on Hopper: one persistent CTA of three warpgroups per SM.
+// Attention forward on Hopper: one persistent CTA of three warpgroups per SM, four with 64 channels.
 //
 //   warpgroup 0, one thread      takes the next tile, loads Q, then K and V block by block (TMA), two blocks ahead
 //   the other warpgroups         64 query rows each: S = Q K^T, online softmax in registers, O += P V
 //
 // Two overlaps keep the tensor cores busy. Inside a warpgroup: P V of a block is issued behind S of the next one, and
-// runs while the softmax of that S is computed. Between the two warpgroups, by turns: one issues its products while the
-// other is at its softmax. The next tile's Q, K and V are loaded while this tile's last products and stores go on.
+// runs while the softmax of that S is computed. Between warpgroups, by turns: one issues its products while another is
+// at its softmax. The next tile's Q, K and V are loaded while this tile's last products and stores go on.
 //
 // Algorithm: Dao et al. 2022, arXiv:2205.14135; overlaps: Shah et al. 2024, arXiv:2407.08608; online softmax: Milakov &
 // Gimelshein 2018, arXiv:1805.02867.

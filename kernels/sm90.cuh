@@ -123,13 +123,13 @@ MINITRAIN_DEVICE void write_sum(float* to, const float* from, uint32_t bytes, bo
     }
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
-// to[0 .. 1] = x, y if they are the first, else += x, y, in global memory.
-MINITRAIN_DEVICE void write_sum(float* to, float x, float y, bool is_first) {
+// to[0 .. 1] = x, y if they are the first, else += x, y, in global memory, if valid.
+MINITRAIN_DEVICE void write_sum(float* to, float x, float y, bool is_first, bool valid) {
     asm volatile(
-        "{.reg .pred first; setp.ne.b32 first, %3, 0;\n"
-        "@first st.global.v2.f32 [%0], {%1, %2};\n"
-        "@!first red.global.add.v2.f32 [%0], {%1, %2};}" ::"l"(to),
-        "f"(x), "f"(y), "r"(int(is_first))
+        "{.reg .pred store, add; setp.ne.b32 store, %3, 0; setp.ne.b32 add, %4, 0;\n"
+        "@store st.global.v2.f32 [%0], {%1, %2};\n"
+        "@add red.global.add.v2.f32 [%0], {%1, %2};}" ::"l"(to),
+        "f"(x), "f"(y), "r"(int(is_first && valid)), "r"(int(!is_first && valid))
         : "memory");
 }
 // Rows of a tile that belong to no row of the document become 0: their probabilities are 0, but 0 * NaN is not. Each

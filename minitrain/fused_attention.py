@@ -164,9 +164,10 @@ def attention_fwd(
         return out.zero_(), lse.fill_(-torch.inf)
     q, k, v = map(_addressable, (q_THC, k_SKC, v_SKC))
     shape = _shape(q, k, cu_q, look_back, look_ahead, scale)
+    plan = make_plan(cu_q, cu_k, shape, _tiles(C, hopper))
     kernels.attention_forward(
         shape=shape,
-        plan=make_plan(cu_q, cu_k, shape, _tiles(C, hopper)).data_ptr(),
+        plan=plan.data_ptr(),
         q=_packed(q),
         k=_packed(k),
         v=_packed(v),
@@ -213,12 +214,13 @@ def attention_bwd(
     R = kernels.attention_padded_rows(shape)
     rows, dq_sum = lse.new_empty(2, H, R), lse.new_empty(H, R, C)
     turns, tiles = cu_q.new_empty(H, R // 64), _tiles(C, hopper)
+    plan = make_plan(cu_q, cu_k, shape, tiles)
     is_split = kernels.attention_parts(shape, tiles) > 1  # then dk and dv are sums of several parts
     dkv_sum = lse.new_empty(2, *k.shape) if is_split else None
     dkv_turns = cu_q.new_zeros(k.shape[1], S) if is_split else None
     kernels.attention_backward(
         shape=shape,
-        plan=make_plan(cu_q, cu_k, shape, tiles).data_ptr(),
+        plan=plan.data_ptr(),
         q=_packed(q),
         k=_packed(k),
         v=_packed(v),
