@@ -1,20 +1,25 @@
 """Several ranks against one process: the same loss, gradients, norm and weights, whatever is sharded."""
 
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import TINY, spawn
+from conftest import TINY, read_metrics, spawn, tiny_run
 from safetensors.torch import load_file
+from torch import nn
 
+from minitrain import generate, train
 from minitrain.batch import IGNORE, Batch
-from minitrain.config import OptimConfig, ParallelConfig
+from minitrain.config import OptimConfig, ParallelConfig, TrainConfig, UserError
 from minitrain.models import build_model, init_weights
 from minitrain.models.llama import LlamaConfig
 from minitrain.models.qwen3 import Qwen3Config
 from minitrain.models.qwen3_moe import Qwen3MoeConfig
 from minitrain.optim import muon
+from minitrain.parallel import comm, parallelize
 from minitrain.parallel.gather import whole
 from minitrain.parallel.mesh import ALONE, init_mesh
 from minitrain.parallel.zero import shard_optimizer
@@ -53,7 +58,11 @@ def adamw(params):
     return torch.optim.AdamW([g for g in groups if g["params"]], eps=1e-6)
 
 
-OPTIMIZERS = {"adamw": adamw, "lion": Lion, "muon": muon(OptimConfig(), SIZES["vocab_size"])}
+def sgd(params):
+    return torch.optim.SGD(params, momentum=0.9)
+
+
+OPTIMIZERS = {"adamw": adamw, "sgd": sgd, "lion": Lion, "muon": muon(OptimConfig(), SIZES["vocab_size"])}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +71,16 @@ class Case:
     rows: int = 2  # of all ranks
     optimizer: str = "adamw"
     dtype: str = "float64"
+    odd: bool = False  # with parameters that are frozen, used in rows of even number only, and never used
+    train: tuple = ()  # settings for parallelize
 
 
 def make_model(case):
     model = build_model(MODELS[case.model], "cpu")
+    if case.odd:
+        model.sometimes, model.never = nn.Linear(SIZES["hidden_size"], 3), nn.Linear(5, 7)
+        model.embed_tokens.requires_grad_(False)
+        model.layers["0"].mlp.gate_proj.requires_grad_(False)
     init_weights(model, 0)
     return model.to(getattr(torch, case.dtype))
 
@@ -79,7 +94,7 @@ def make_rows(step, n):
         batch.targets[torch.rand(len(batch.targets), generator=generator) < 0.3] = IGNORE
         if i == 1 and step % 2 == 0:
             batch.targets.fill_(IGNORE)
-        batch.num_targets = int((batch.targets != IGNORE).sum())
+        batch.num_targets, batch.number = int((batch.targets != IGNORE).sum()), i
         rows.append(batch)
     return rows
 
@@ -93,6 +108,14 @@ def plain_loss(hidden_TD, head, batch):
 def run(case, parallel, mesh=ALONE):
     """-> losses and norms of STEPS steps, gradients of the first, the weights after the last."""
     model = make_model(case)
+    if case.train:
+        model = parallelize(model, mesh, TrainConfig(**dict(case.train)))
+
+    def loss_fn(hidden_TD, head, batch):
+        loss, named = plain_loss(hidden_TD, head, batch)
+        uses = case.odd and batch.number % 2 == 0
+        return loss + model.sometimes(hidden_TD).square().sum() if uses else loss, named
+
     opt = shard_optimizer(model, OPTIMIZERS[case.optimizer], mesh, parallel)
     losses, norms, grads = [], [], None
     for step in range(STEPS):
@@ -100,8 +123,8 @@ def run(case, parallel, mesh=ALONE):
         tokens = sum(b.num_targets for b in rows)
         mine = rows[mesh.dp_rank :: mesh.dp_size]
         assert mesh.sum(sum(b.num_targets for b in mine)) == tokens
-        loss, extras = forward_backward(model, mine, plain_loss, 1 / tokens, mesh, opt.backward)
-        assert extras["twice"].equal(2 * loss)
+        loss, extras = forward_backward(model, mine, loss_fn, 1 / tokens, mesh, opt.backward)
+        assert case.odd or extras["twice"].equal(2 * loss)
         losses.append(loss)
         norms.append(opt.clip_grad_norm(0.5, loss))
         grads = grads or gradients(opt)
@@ -114,7 +137,7 @@ def run(case, parallel, mesh=ALONE):
 def gradients(opt):
     """{name: (first element, those that this rank has)}."""
     if not hasattr(opt, "units"):
-        return {name: (0, m.grad.flatten().clone()) for name, m in opt.masters.items()}
+        return {name: (0, m.grad.flatten().clone()) for name, m in opt.masters.items() if m.grad is not None}
     found = {}
     for key, unit in opt.units.items():
         for name in unit.params:
@@ -125,29 +148,45 @@ def gradients(opt):
 
 
 def difference(a, b, scale=None):
-    """Largest, relative to the largest of the tensor."""
-    return ((a - b).abs().max() / (b if scale is None else scale).abs().max()).item() if b.numel() else 0.0
+    """Largest, relative to the largest of the tensor; infinite for what is no number."""
+    if not b.numel():
+        return 0.0
+    return (
+        ((a - b).abs().max() / (b if scale is None else scale).abs().max().clamp(min=1e-30))
+        .nan_to_num(torch.inf)
+        .item()
+    )
 
 
 def compare(case, parallel, mesh, expected, tolerance):
     results, grads = run(case, parallel, mesh)
+    norms = [None] * mesh.size
+    dist.all_gather_object(norms, results["norms"].tolist())
+    assert all(of_rank == norms[0] for of_rank in norms), "the norm differs by a bit"
     errors = {name: difference(value, expected[f"{case} {name}"]) for name, value in results.items()}
     for name, (first, piece) in grads.items():
-        of_one = expected[f"{case} gradient of {name}"]
-        errors[f"gradient of {name}"] = difference(piece, of_one[first:][: len(piece)], of_one)
+        of_one = expected.get(f"{case} gradient of {name}", torch.zeros(1))
+        if of_one.any():
+            errors[f"gradient of {name}"] = difference(piece, of_one[first:][: len(piece)], of_one)
+        else:
+            assert not piece.any()
     worst = max(errors, key=errors.get)
     assert errors[worst] <= tolerance, f"{case} {parallel}: {worst} differs by {errors[worst]:.1e}"
 
 
 def check(n, cases, tmp_path):
     """cases: [(Case, ParallelConfig, tolerance), ...]; n ranks are started once for all of them."""
+    write_expected(tmp_path / "one-process", {case for case, *_ in cases})
+    spawn(n, compare_all, cases, tmp_path / "one-process")
+
+
+def write_expected(path, cases):
     tensors = {}
-    for case in {case for case, *_ in cases}:
+    for case in cases:
         results, grads = run(case, ParallelConfig())
         tensors |= {f"{case} {name}": t for name, t in results.items()}
         tensors |= {f"{case} gradient of {name}": g for name, (_, g) in grads.items()}
-    write_safetensors(tmp_path / "one-process", tensors)
-    spawn(n, compare_all, cases, tmp_path / "one-process")
+    write_safetensors(path, tensors)
 
 
 def compare_all(cases, path):
@@ -159,12 +198,136 @@ def compare_all(cases, path):
         compare(case, parallel, meshes[cut], expected, tolerance)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+ZERO = [ParallelConfig(zero=zero) for zero in (0, 1, 2, 3)]
+
+
+def product(ranks, models=tuple(MODELS), **options):
+    """Every model with 1 and 3 rows on a rank, under every stage."""
+    cases = [Case(model, ranks * rows, **options) for model in models for rows in (1, 3)]
+    return [(case, parallel, 1e-12) for case in cases for parallel in ZERO]
+
+
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4, 8))])
 def test_ranks_equal_one_process(ranks, tmp_path):
-    cases = [
-        (Case(model, ranks * accumulation), ParallelConfig(zero=zero), 1e-12)
-        for model in MODELS
-        for accumulation in (1, 3)
-        for zero in (0, 1, 2, 3)
-    ]
-    check(ranks, cases, tmp_path)
+    check(ranks, product(ranks), tmp_path)
+
+
+def test_ranks_equal_one_process_with_copies_other_optimizers_offload_and_narrow_dtypes(tmp_path):
+    """Copies: of 4 ranks, pairs that share and repeat each other. Muon has whole matrices, Lion pieces as AdamW."""
+    pairs = [ParallelConfig(zero=zero, shard_within=2) for zero in (1, 2, 3)]
+    cases = [(Case("tied", 4), parallel, 1e-12) for parallel in [*ZERO[2:], *pairs]]
+    cases += [(Case("moe", 4, optimizer), parallel, 1e-12) for optimizer in ("lion", "muon") for parallel in ZERO[::3]]
+    cases += [(Case("llama", 4, "muon"), pairs[1], 1e-12)]
+    cases += [(Case("tied", 4, optimizer), ParallelConfig(3, offload="optimizer"), 1e-12) for optimizer in OPTIMIZERS]
+    cases += [(Case("tied", 8, "sgd", "float32"), parallel, 1e-6) for parallel in ZERO[:3:2]]
+    cases += [(Case("tied", 8, "sgd", "bfloat16"), parallel, 2e-2) for parallel in ZERO[1::2]]
+    cases += [(Case("tied", 4, "sgd"), ParallelConfig(zero, 2, "bfloat16"), 2e-2) for zero in (1, 2)]
+    check(4, cases, tmp_path)
+
+
+def test_frozen_parameters_and_those_that_some_or_all_ranks_do_not_use(tmp_path):
+    check(2, [(Case("llama", 2, odd=True), parallel, 1e-12) for parallel in ZERO], tmp_path)
+
+
+def test_recomputed_blocks_find_their_weights(tmp_path):
+    check(2, [(Case("moe", 4, train=(("recompute", "full"),)), ParallelConfig(zero=3), 1e-12)], tmp_path)
+
+
+# ---- dropping any part of the communication is noticed
+
+
+def only_mine(flat, shard, group):
+    flat.zero_()
+    comm.shard_of(flat, group).copy_(shard)
+
+
+DROPS = [  # of, what, what is there instead, under which stages
+    ("parallel.ddp", "all_reduce", lambda flat, group: None, [ParallelConfig(0), ParallelConfig(2, 2)]),
+    ("parallel.ddp", "reduce_scatter", comm.shard_of, [ParallelConfig(1), ParallelConfig(2), ParallelConfig(3)]),
+    ("parallel.zero", "all_gather", lambda *_: None, [ParallelConfig(1), ParallelConfig(2)]),
+    ("parallel.gather", "all_gather", only_mine, [ParallelConfig(3)]),
+    ("parallel.zero", "sum_equal", lambda norm, group: norm, [ParallelConfig(1), ParallelConfig(3)]),
+    ("train", "sum_equal", lambda losses, group: losses, [ParallelConfig(0)]),
+]
+
+
+def compare_without(path):
+    expected, case = load_file(path), Case("tied", 4)
+    for module, name, instead, stages in DROPS:
+        for parallel in stages:
+            mesh = init_mesh("cpu", parallel)
+            with mock.patch(f"minitrain.{module}.{name}", instead), pytest.raises(AssertionError, match="differs by"):
+                compare(case, parallel, mesh, expected, 1e-3)
+
+
+def test_each_reduction_is_needed(tmp_path):
+    write_expected(tmp_path / "one-process", [Case("tied", 4)])
+    spawn(4, compare_without, tmp_path / "one-process")
+
+
+# ---- what a rank holds
+
+
+def count_elements():
+    for zero in range(4):
+        mesh = init_mesh("cpu", ParallelConfig(zero=zero))
+        model = make_model(Case())
+        opt = shard_optimizer(model, adamw, mesh, ParallelConfig(zero=zero))
+        total = sum(unit.numel for unit in opt.units.values())
+        masters = sum(m.numel() for m in opt.masters.values())
+        assert masters == sum(p.numel() for p in model.parameters()) if zero == 0 else masters <= total / 3
+        assert sum(g.numel() for g in opt.gradients.flat.values()) == (total if zero < 2 else total / 3)
+        stored = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+        assert sum(stored.values()) == (8 * total if zero < 3 else 0)
+        assert sum(s.untyped_storage().nbytes() for s in opt.shards.values()) == 8 * (total if zero < 3 else total / 3)
+        assert all(master.ndim == opt.params[name].ndim for name, master in opt.masters.items())
+    with pytest.raises(UserError, match="shared out by an earlier run"):
+        shard_optimizer(model, adamw, mesh, ParallelConfig(zero=3))
+    with pytest.raises(UserError, match=r'Muon needs whole matrices: say so .*make\.shard = "param"'):
+        shard_optimizer(make_model(Case()), lambda p: OPTIMIZERS["muon"](p), mesh, ParallelConfig(zero=1))
+    with pytest.raises(UserError, match="Adafactor needs whole matrices"):
+        shard_optimizer(make_model(Case()), torch.optim.Adafactor, mesh, ParallelConfig(zero=1))
+
+
+def test_each_stage_shares_out_what_it_says():
+    spawn(3, count_elements)
+
+
+# ---- whole runs
+
+
+def go_on(runs, steps):
+    for cfg in runs:
+        cfg.train.steps = steps
+        tokens = generate(train(cfg), torch.tensor([3, 4, 5]), 5, temperature=0)
+        assert tokens.equal(load_file(f"{cfg.run_dir}/../tokens-{steps}")["tokens"])
+
+
+def test_a_run_goes_on_under_any_stage_on_any_number_of_ranks(corpus, tmp_path):
+    """3 steps on some ranks, 3 more on others: losses, export and what it generates are those of one process."""
+
+    def config(name, **parallel):
+        schedule = {"schedule": "constant", "lr": 1e-2, "warmup_steps": 0}
+        return tiny_run(corpus, tmp_path / name, data={"rows_per_step": 6}, optim=schedule, parallel=parallel)
+
+    one = config("one")
+    for steps in (3, 6):
+        one.train.steps = steps
+        tokens = generate(train(one), torch.tensor([3, 4, 5]), 5, temperature=0)
+        write_safetensors(tmp_path / f"tokens-{steps}", {"tokens": tokens})
+    runs = [config(f"zero-{zero}", zero=zero) for zero in range(4)]
+    runs.append(config("offload", zero=1, offload="optimizer"))
+    spawn(2, go_on, runs, 3)
+    first, *others = runs
+    for cfg in others:
+        cfg.parallel.zero = 4 - cfg.parallel.zero  # what was saved under 1 goes on under 3
+    spawn(3, go_on, others, 6)
+    go_on([first], 6)
+    expected = load_file(tmp_path / "one" / "export" / "model.safetensors")
+    for cfg in runs:
+        exported = load_file(f"{cfg.run_dir}/export/model.safetensors")
+        assert exported.keys() == expected.keys()
+        assert max(difference(t, expected[name]) for name, t in exported.items()) < 1e-3
+        for row, of_one in zip(read_metrics(cfg.run_dir), read_metrics(one.run_dir), strict=True):
+            assert row["step"] == of_one["step"] and row["trained_tokens"] == of_one["trained_tokens"]
+            assert row["loss"] == pytest.approx(of_one["loss"], rel=1e-5)
