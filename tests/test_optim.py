@@ -15,7 +15,7 @@ from minitrain.models import build_model, init_weights
 from minitrain.models.llama import LlamaConfig
 from minitrain.models.qwen3 import Qwen3Config
 from minitrain.models.qwen3_moe import Qwen3MoeConfig
-from minitrain.optim import adamw, lr_at
+from minitrain.optim import adamw, lr_at, muon, orthogonalize
 from minitrain.parallel.zero import MasterOptimizer
 from minitrain.train import forward_backward
 
@@ -95,6 +95,53 @@ def test_decay_is_for_what_has_more_than_one_dimension():
     assert decayed["weight_decay"] == 0.1 and [tuple(p.shape) for p in decayed["params"]] == [(4, 6), (3, 4, 6)]
     assert free["weight_decay"] == 0.0 and [tuple(p.shape) for p in free["params"]] == [(4,), (1,)]
     assert len(adamw(OptimConfig())([nn.Parameter(torch.zeros(3))]).param_groups) == 1
+
+
+# ---- Muon
+
+
+def test_orthogonalize_brings_singular_values_near_one_and_keeps_directions():
+    for shape in ((40, 24), (24, 40), (3, 16, 16)):
+        g = torch.randn(shape, dtype=torch.float64)
+        u, s, v = torch.linalg.svd(g, full_matrices=False)
+        o = orthogonalize(g)
+        values = u.mT @ o @ v.mT  # diagonal where o has g's directions
+        assert (values - torch.diag_embed(values.diagonal(dim1=-2, dim2=-1))).abs().max() < 1e-6
+        large = s > 0.05 * s.amax(-1, keepdim=True)  # five steps do not reach the smallest
+        assert values.diagonal(dim1=-2, dim2=-1)[large].min() > 0.6 and values.max() < 1.3
+
+
+def test_muon_is_its_update_on_hidden_matrices_and_adamw_elsewhere():
+    cfg = OptimConfig(lr=0.01, beta1=0.8, beta2=0.9, eps=1e-3, weight_decay=0.5)
+    hidden, experts, table, vector = (nn.Parameter(torch.randn(s)) for s in ((6, 4), (2, 4, 6), (11, 4), (5,)))
+    params = [hidden, experts, table, vector]
+    twins = [nn.Parameter(p.detach().clone()) for p in (table, vector)]
+    optimizer, plain = muon(cfg, vocab_size=11)(params), adamw(cfg)(twins)
+    matrices = {p: (p.detach().clone(), torch.zeros_like(p)) for p in (hidden, experts)}
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        for twin, p in zip(twins, params[2:], strict=True):
+            twin.grad = p.grad.clone()
+        for p, (expected, momentum) in matrices.items():
+            momentum.mul_(0.95).add_(0.05 * p.grad)
+            ahead = 0.05 * p.grad + 0.95 * momentum
+            each = ahead if p.ndim == 3 else ahead[None]
+            update = torch.stack([orthogonalize(g) for g in each]).view_as(p)
+            expected -= cfg.lr * (cfg.weight_decay * expected + 0.2 * max(p.shape[-2:]) ** 0.5 * update)
+        optimizer.step()
+        plain.step()
+    for p, (expected, _) in matrices.items():
+        torch.testing.assert_close(p.detach(), expected)
+    for twin, p in zip(twins, params[2:], strict=True):
+        torch.testing.assert_close(p, twin)
+
+
+def test_muon_leaves_what_has_no_gradient():
+    p, q = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
+    p.grad = torch.eye(3)
+    muon(OptimConfig(lr=0.1), vocab_size=11)([p, q]).step()
+    assert (q == 1).all() and not (p == 1).any()
 
 
 # ---- the learning rate

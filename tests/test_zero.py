@@ -90,7 +90,10 @@ def make_rows(step, n):
     generator = torch.Generator().manual_seed(step)
     rows = []
     for i in range(n):
-        batch = Batch.pack([torch.randint(SIZES["vocab_size"], (k,), generator=generator) for k in (2 + i % 3, 5)])
+        lengths = 2 + i % 3, 7 - i % 3
+        batch = Batch.pack(
+            [torch.randint(SIZES["vocab_size"], (k,), generator=generator) for k in lengths], max_seqlen=8
+        )
         batch.targets[torch.rand(len(batch.targets), generator=generator) < 0.3] = IGNORE
         if i == 1 and step % 2 == 0:
             batch.targets.fill_(IGNORE)
@@ -231,6 +234,29 @@ def test_frozen_parameters_and_those_that_some_or_all_ranks_do_not_use(tmp_path)
 
 def test_recomputed_blocks_find_their_weights(tmp_path):
     check(2, [(Case("moe", 4, train=(("recompute", "full"),)), ParallelConfig(zero=3), 1e-12)], tmp_path)
+
+
+def count_compilations(path):
+    compile, expected, graphs = torch.compile, load_file(path), []
+    for parallel in (ParallelConfig(0), ParallelConfig(3)):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        eager = mock.patch("torch.compile", lambda f, **options: compile(f, backend="aot_eager", **options))
+        with eager, torch._dynamo.config.patch(error_on_recompile=True):  # in five steps
+            compare(COMPILED, parallel, init_mesh("cpu", parallel), expected, 1e-12)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] > 0
+
+
+COMPILED = Case("tied", 4, train=(("compile", "on"), ("recompute", "full")))
+
+
+def test_compiled_blocks_are_compiled_once_though_their_weights_come_and_go(tmp_path):
+    plain = dataclasses.replace(COMPILED, train=())
+    write_expected(tmp_path / "plain", [plain])
+    expected = {name.replace(str(plain), str(COMPILED)): t for name, t in load_file(tmp_path / "plain").items()}
+    write_safetensors(tmp_path / "expected", expected)
+    spawn(2, count_compilations, tmp_path / "expected")
 
 
 # ---- dropping any part of the communication is noticed
