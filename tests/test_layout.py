@@ -22,7 +22,7 @@ FLOORS = [
         "right": {"parallel.ddp", "parallel.gather", "parallel.offload", "parallel.owners", "parallel.zero"},
     },
     {"checkpoint", "hf", "parallel"},
-    {"train", "generate"},
+    {"train", "generate", "plan"},
     {"__main__"},
 ]  # fmt: skip
 COLUMNS = 3  # the floor of two columns
