@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from minitrain.config import Config
 from minitrain.loss import piece_rows
 from minitrain.models import build_model
-from minitrain.parallel.ddp import make_units
+from minitrain.parallel.ddp import make_units, row_buffers
 
 _WIDE = 4  # bytes of fp32: masters, their gradients, moments
 
@@ -61,7 +61,7 @@ def predict_memory(cfg: Config, ranks: int = 1) -> Memory:
     buffers = width * (whole - sum(blocks) + 2 * max(blocks)) if gathers else 0
     if parallel.zero >= 2 and is_flat:
         reduced = 2 if parallel.reduce_dtype == "bfloat16" else _WIDE
-        buffers += sum(2 * reduced * numel for numel in {unit.numel for unit in units.values()})
+        buffers += reduced * sum(numel * count for numel, count in row_buffers(units).items())
     return Memory(
         weights=width * (shard if gathers else whole),
         gradients=_WIDE * (shard if parallel.zero >= 2 else whole),

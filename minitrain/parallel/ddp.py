@@ -81,6 +81,15 @@ def make_units(model: nn.Module, ranks: int) -> dict[str, Unit]:
     return {key: Unit(of, ranks) for key, of in params.items()}
 
 
+def row_buffers(units: dict[str, Unit]) -> dict[int, int]:
+    """{elements of a unit: tensors of this size for a row's gradients}: one on its way while the next block fills one.
+
+    What is outside of the blocks comes at the ends of backward, and shares one.
+    """
+    blocks = {unit.numel for key, unit in units.items() if key.startswith("layers.")}
+    return {unit.numel: 2 if unit.numel in blocks else 1 for unit in units.values()}
+
+
 class Gradients:
     """Sums over rows and ranks. sums[unit]: this rank's shard, complete after finish(); the whole under ZeRO 0.
 
@@ -99,8 +108,9 @@ class Gradients:
         }
         self.sums = {key: f if self.keeps_shards else shard_of(f, self.shard) for key, f in self.flat.items()}
         self.into: dict[str, Tensor] = {}  # to which this row's gradients of a unit are added
-        sizes = {unit.numel for unit in units.values()} if self.keeps_shards else ()
-        self.pools = {numel: _Pool(numel, self.reduce_dtype, mesh.device, self.lane) for numel in sizes}
+        self.pools = {}
+        for numel, count in (row_buffers(units) if self.keeps_shards else {}).items():
+            self.pools[numel] = _Pool(numel, count, self.reduce_dtype, mesh.device, self.lane)
         self.hooks = [
             p.register_post_accumulate_grad_hook(functools.partial(self._add, key, name))
             for key, unit in units.items()
@@ -187,12 +197,12 @@ class Gradients:
 
 
 class _Pool:
-    """Flat tensors of one size: while one is filled, another is on its way. There are two, unless more are needed."""
+    """Flat tensors of one size, used in turn; a model that fills more of them at a time gets more."""
 
-    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device, lane: Lane):
+    def __init__(self, numel: int, count: int, dtype: torch.dtype, device: torch.device, lane: Lane):
         self.lane = lane
         self.make = functools.partial(torch.zeros, numel, dtype=dtype, device=device)
-        self.free = [(self.make(), None) for _ in range(2)]
+        self.free = [(self.make(), None) for _ in range(count)]
 
     def take(self) -> Tensor:
         """One of zeros, as soon as its last use is over."""
