@@ -6,10 +6,9 @@ transformers 5's rope_parameters); the older one is written, which every tool kn
 """
 
 import difflib
-import functools
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from minitrain.config import UserError
 from minitrain.models import MODELS, build_model, materialize, model_class
 from minitrain.models.layers import DecoderConfig
-from minitrain.parallel.gather import read
+from minitrain.parallel.gather import read_whole
 from minitrain.parallel.mesh import is_first
 from minitrain.storage import Later, NewFolder, open_safetensors, read_json, send_pieces, write_json, write_safetensors
 
@@ -164,34 +163,42 @@ def hub_config(model: nn.Module) -> dict:
 
 def hub_tensors(model: nn.Module) -> dict[str, Tensor]:
     """{name on the Hub: view into our parameter}. Tied heads appear once; stacked experts as E tensors each."""
-    return {hub: view for hub, _, view in _hub_views(model)}
+    return {hub: _part(p, expert) for hub, (_, p, expert) in _hub_parts(model).items()}
 
 
-def _hub_views(model) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+def _hub_parts(model) -> dict[str, tuple[str, nn.Parameter, int | None]]:
+    """{name on the Hub: (name here, parameter, number of the expert if it is a stack)}."""
+    parts = {}
     for name, p in model.named_parameters():
         hub = name if name.startswith("lm_head.") else f"model.{name}"
         if p.ndim == 3:  # layers.0.mlp.experts.up_proj (E, F, D) -> model.layers.0.mlp.experts.7.up_proj.weight (F, D)
             prefix, _, matrix = hub.rpartition(".")
-            yield from ((f"{prefix}.{e}.{matrix}.weight", p, p.detach()[e]) for e in range(len(p)))
+            parts |= {f"{prefix}.{e}.{matrix}.weight": (name, p, e) for e in range(len(p))}
         else:
-            yield hub, p, p.detach()
+            parts[hub] = name, p, None
+    return parts
 
 
-def load_weights(model: nn.Module, folder: Path) -> None:
+def _part(p, expert) -> Tensor:
+    return p.detach() if expert is None else p.detach()[expert]
+
+
+def load_weights(model: nn.Module, folder: Path, names: Collection[str] | None = None) -> None:
     """Copy a folder's safetensors into the model's parameters; an error names what does not fit.
 
-    model.source remembers the folder, so that its tokenizer can go with the model.
+    names: into these parameters only. model.source remembers the folder, so that its tokenizer can go with the model.
     """
-    views = hub_tensors(model)
+    parts = _hub_parts(model)
     files = _weight_files(folder)
     ignored = {name for name in files if name.endswith("rotary_emb.inv_freq")}  # old Llama files store this buffer
     if model.config.tie_word_embeddings:
         ignored.add("lm_head.weight")  # some tied models on the Hub store it twice
-    if missing := sorted(views.keys() - files.keys()):
-        raise UserError(f"{folder}: lacks {_listed(missing, sorted(files.keys() - views.keys()))}")
-    if extra := sorted(files.keys() - views.keys() - ignored):
-        raise UserError(f"{folder}: holds tensors that the model has not: {_listed(extra, sorted(views))}")
-    readers = {file: open_safetensors(folder / file) for file in sorted(set(files.values()))}
+    if missing := sorted(parts.keys() - files.keys()):
+        raise UserError(f"{folder}: lacks {_listed(missing, sorted(files.keys() - parts.keys()))}")
+    if extra := sorted(files.keys() - parts.keys() - ignored):
+        raise UserError(f"{folder}: holds tensors that the model has not: {_listed(extra, sorted(parts))}")
+    views = {hub: _part(p, e) for hub, (name, p, e) in parts.items() if names is None or name in names}
+    readers = {file: open_safetensors(folder / file) for file in sorted({files[name] for name in views})}
     for name, view in views.items():
         reader = readers[files[name]]
         shape = tuple(reader.get_slice(name).get_shape())
@@ -249,7 +256,10 @@ def save_pretrained(
     The folder appears whole or not at all. UserError if it exists; overwrite replaces it if it holds a model.
     After training on several ranks all of them call this, and rank 0 writes.
     """
-    tensors = {hub: Later(v.dtype, v.shape, functools.partial(read, p, v)) for hub, p, v in _hub_views(model)}
+    tensors = {
+        hub: Later(p.dtype, p.shape if e is None else p.shape[1:], lambda p=p, e=e: _part(read_whole(p), e))
+        for hub, (_, p, e) in _hub_parts(model).items()
+    }
     if not is_first():
         return send_pieces(tensors)
     config, folder = hub_config(model), Path(folder)

@@ -4,11 +4,12 @@ Everything here is a function of modules that you can import; who needs another 
 """
 
 import contextlib
+import functools
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -53,9 +54,9 @@ def train(
     loss_fn = loss_fn or load_object(cfg.train.loss)
     model = model or build_model(cfg.model)  # on meta: names and shapes, no bytes
     data = iter(PackedData(cfg.data, mesh, model.config.vocab_size) if data is None else data)
-    set_weights(model, cfg, mesh)
+    fill = set_weights(model, cfg, mesh)
     model = parallelize(model, mesh, cfg.train)
-    opt = shard_optimizer(model, optimizer or adamw(cfg.optim), mesh, cfg.parallel)
+    opt = shard_optimizer(model, optimizer or adamw(cfg.optim), mesh, cfg.parallel, fill)
     ckpt = Checkpointer(cfg.checkpoint, Path(cfg.run_dir), opt, data, mesh)
     first = ckpt.resume()
     with contextlib.closing(opt), Log(open_run(cfg, mesh), cfg.train, model, mesh, first) as log:
@@ -114,19 +115,28 @@ def forward_backward(
 
 
 @torch.no_grad()
-def set_weights(model: nn.Module, cfg: Config, mesh: Mesh) -> None:
-    """Put the model on the device in the compute dtype; one that is on meta gets the pretrained or random weights."""
+def set_weights(model: nn.Module, cfg: Config, mesh: Mesh) -> Callable[[Collection[str]], None] | None:
+    """Put the model on the device in the compute dtype; one that is on meta gets the pretrained or random weights.
+
+    Under ZeRO 3 it does not get them, nor the memory: fill(names) is returned, which gives a part its values.
+    """
     is_new = next(model.parameters()).is_meta
     dtype = compute_dtype(mesh, cfg.train)
     if not is_new:
         model.to(mesh.device, dtype)
-        return
-    materialize(model, mesh.device, dtype)
+        return None
+    is_cut_first = cfg.parallel.zero == 3 and mesh.group("shard").size > 1
+    materialize(model, mesh.device, dtype, with_memory=not is_cut_first)
     if cfg.model.pretrained:
-        load_weights(model, find_folder(cfg.model.pretrained))
-        _check_tokenizer(model.source, cfg)
+        folder = find_folder(cfg.model.pretrained)
+        _check_tokenizer(folder, cfg)
+        fill = functools.partial(load_weights, model, folder)
     else:
-        init_weights(model, cfg.train.seed)
+        fill = functools.partial(init_weights, model, cfg.train.seed)
+    if is_cut_first:
+        return fill
+    fill()
+    return None
 
 
 def _check_tokenizer(source: Path, cfg: Config) -> None:

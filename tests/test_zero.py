@@ -11,10 +11,11 @@ from conftest import TINY, read_metrics, spawn, tiny_run
 from safetensors.torch import load_file
 from torch import nn
 
-from minitrain import generate, train
+from minitrain import generate, save_pretrained, train
 from minitrain.batch import IGNORE, Batch
 from minitrain.config import OptimConfig, ParallelConfig, TrainConfig, UserError
-from minitrain.models import build_model, init_weights
+from minitrain.hf import load_weights
+from minitrain.models import build_model, init_weights, materialize
 from minitrain.models.llama import LlamaConfig
 from minitrain.models.qwen3 import Qwen3Config
 from minitrain.models.qwen3_moe import Qwen3MoeConfig
@@ -317,6 +318,34 @@ def count_elements():
 
 def test_each_stage_shares_out_what_it_says():
     spawn(3, count_elements)
+
+
+def fill_by_unit(folder):
+    zero_3 = ParallelConfig(3)
+    model = build_model(MODELS["moe"])
+    materialize(model, "cpu", torch.float32, with_memory=False)
+    model.norm.requires_grad_(False)
+    filled = []
+
+    def fill(names):
+        in_memory = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+        filled.append(sum(in_memory.values()))
+        load_weights(model, folder / "saved", names)
+
+    shard_optimizer(model, adamw, init_mesh("cpu", zero_3), zero_3, fill)
+    assert max(filled) < 0.6 * sum(p.nbytes for p in model.parameters())  # a block of two, or the embedding
+    save_pretrained(model, folder / "again")
+    with whole(model.layers["1"]):
+        assert model.layers["1"].mlp.gate.weight.any()
+    assert not model.layers["1"].mlp.gate.weight.untyped_storage().nbytes()
+
+
+def test_weights_come_in_and_go_out_unit_by_unit(tmp_path):
+    model = make_model(Case("moe", dtype="float32"))
+    save_pretrained(model, tmp_path / "saved")
+    spawn(2, fill_by_unit, tmp_path)
+    saved, again = (load_file(tmp_path / name / "model.safetensors") for name in ("saved", "again"))
+    assert saved.keys() == again.keys() and all(t.equal(again[name]) for name, t in saved.items())
 
 
 # ---- whole runs

@@ -14,21 +14,21 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from minitrain.parallel.comm import Group, Lane, all_gather, shard_of
+from minitrain.parallel.comm import Group, Lane, all_gather
 from minitrain.parallel.ddp import Unit, blocks_of, on_gradient
 
 
 class GatheredWeights:
-    """shards[unit]: this rank's weights, for good. flats[unit]: all ranks', while they are there."""
+    """shards[unit]: this rank's weights, for good. flats[unit]: all ranks', while they are there, at first not."""
 
-    def __init__(self, model: nn.Module, units: dict[str, Unit], flats: dict[str, Tensor], group: Group):
-        self.group, self.lane, self.flats = group, Lane(next(iter(flats.values())).device), flats
-        self.shards = {key: shard_of(flat, group).clone() for key, flat in flats.items()}
+    def __init__(self, model: nn.Module, units: dict[str, Unit], flats: dict[str, Tensor], shards: dict[str, Tensor],
+                 group: Group):  # fmt: skip
+        self.group, self.lane = group, Lane(next(iter(flats.values())).device)
+        self.flats, self.shards = flats, shards
         self.marks = {}  # units that are there, or on their way
         self.shown: str | None = None
-        for key, flat in flats.items():
-            flat.untyped_storage().resize_(0)
-            for p in units[key].params.values():
+        for key, unit in units.items():
+            for p in unit.params.values():
                 p.unit = (self, key)
         self.blocks = [key for key in blocks_of(model) if key in units]
         self.others = [key for key in units if key not in self.blocks]
@@ -110,12 +110,12 @@ def whole(module: nn.Module) -> Iterator[None]:
         weights.free(key)
 
 
-def read(p: nn.Parameter, view: Tensor) -> Tensor:
-    """A view of a parameter, with its values under ZeRO 3 too; for all ranks together, between steps.
+def read_whole(p: nn.Parameter) -> nn.Parameter:
+    """The parameter, with its values under ZeRO 3 too; for all ranks together, between steps.
 
     They are there until a parameter of another unit is read, or the model runs.
     """
     if hasattr(p, "unit"):
         weights, key = p.unit
         weights.show(key)
-    return view
+    return p

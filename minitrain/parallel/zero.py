@@ -16,7 +16,7 @@ shards or, if it says shard = "param", whole parameters of which this rank is th
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 import torch.distributed as dist
@@ -32,11 +32,20 @@ from minitrain.parallel.owners import Owners
 from minitrain.storage import Later
 
 
-def shard_optimizer(model: nn.Module, make: Callable, mesh: Mesh, cfg: ParallelConfig) -> "MasterOptimizer":
-    """make: list of fp32 Parameters -> torch.optim.Optimizer. One process that offloads nothing has the plain form."""
+def shard_optimizer(
+    model: nn.Module,
+    make: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    mesh: Mesh,
+    cfg: ParallelConfig,
+    fill: Callable[[Collection[str]], None] | None = None,
+) -> "MasterOptimizer":
+    """One process that offloads nothing has the plain form, and all others the sharded one.
+
+    fill: gives parameters of these names their values, where they have no memory before they are cut.
+    """
     if mesh.dp_size == 1 and not cfg.offload:
         return MasterOptimizer(model, make)
-    return ShardedOptimizer(model, make, mesh, cfg)
+    return ShardedOptimizer(model, make, mesh, cfg, fill)
 
 
 class MasterOptimizer:
@@ -153,34 +162,44 @@ class ShardedOptimizer(MasterOptimizer):
     One process can be asked for it too, for parallel.offload.
     """
 
-    def __init__(self, model: nn.Module, make: Callable, mesh: Mesh, cfg: ParallelConfig):
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, make: Callable, mesh: Mesh, cfg: ParallelConfig, fill: Callable | None):
         if any(hasattr(p, "unit") for p in model.parameters()):
             raise UserError("the weights of this model are shared out by an earlier run with parallel.zero=3")
         self.mesh, self.group = mesh, mesh.group("shard")
         self.params = dict(model.named_parameters())
         self.units = make_units(model, self.group.size)
         self.unit_of = {name: key for key, unit in self.units.items() for name in unit.params}
-        self.flats = {key: _flatten(unit) for key, unit in self.units.items()}  # what the model computes with
-        self.shards = {key: shard_of(flat, self.group) for key, flat in self.flats.items()}
         wants_whole = getattr(make, "shard", "piece") == "param" and self.group.size > 1
         self.owners = Owners(self.units, self.group) if wants_whole else None
-        self.masters = self._make_masters(on_host=cfg.offload == "optimizer" and mesh.device.type == "cuda")
+        gathers = cfg.zero == 3 and self.group.size > 1
+        self.flats, self.shards, self.masters = (
+            {},
+            {},
+            {},
+        )  # what the model computes with, this rank's part, its masters
+        for key, unit in self.units.items():
+            flat = _flatten(unit, fill)
+            self.masters |= self._make_masters(unit, on_host=cfg.offload == "optimizer" and flat.is_cuda)
+            self.flats[key], self.shards[key] = flat, shard_of(flat, self.group)
+            if gathers:  # one unit is whole at a time
+                self.shards[key] = self.shards[key].clone()
+                flat.untyped_storage().resize_(0)
+        if fill:
+            _fill_frozen({name: p for name, p in self.params.items() if name not in self.unit_of}, fill)
         # An empty one where a rank has none at all, since torch's optimizers refuse an empty list.
         self.optimizer = make(list(self.masters.values()) or [nn.Parameter(torch.zeros(0, device=mesh.device))])
         if self.group.size > 1:
             _check_shard(self.optimizer, make)
         self.host = HostState(self.optimizer, mesh.device) if cfg.offload == "optimizer" else None
-        self.gathered = None
-        if cfg.zero == 3 and self.group.size > 1:
-            self.gathered = GatheredWeights(model, self.units, self.flats, self.group)
-            self.shards = self.gathered.shards
+        self.gathered = GatheredWeights(model, self.units, self.flats, self.shards, self.group) if gathers else None
         self.gradients = Gradients(model, self.units, mesh, cfg.zero, getattr(torch, cfg.reduce_dtype))
         self.grad_scale = self.broken = None
 
-    def _make_masters(self, on_host: bool) -> dict[str, nn.Parameter]:
+    def _make_masters(self, unit: Unit, on_host: bool) -> dict[str, nn.Parameter]:
         masters = {}
-        for name in self.unit_of:
-            p, (first, end) = self.params[name], self._span(name, self.group.rank)
+        for name, p in unit.params.items():
+            first, end = self._span(name, self.group.rank)
             if end > first:
                 shape = [1] * (p.ndim - 1) + [end - first] if end - first < p.numel() else p.shape
                 piece = p.detach().flatten()[first:end].to(_wide(p.dtype), copy=True).view(shape)
@@ -335,13 +354,23 @@ class ShardedOptimizer(MasterOptimizer):
         return Later(dtype, shape, read)
 
 
-def _flatten(unit: Unit) -> Tensor:
-    """Move a unit's parameters into one flat tensor, of which they are views from here on."""
+def _flatten(unit: Unit, fill: Callable | None) -> Tensor:
+    """One flat tensor with a unit's parameters, which are views of it from here on."""
     p = next(iter(unit.params.values()))
     flat = torch.zeros(unit.numel, dtype=p.dtype, device=p.device)
     for name, p in unit.params.items():
-        p.data = unit.view(flat, name).copy_(p.data)
+        view = unit.view(flat, name)
+        p.data = view if fill else view.copy_(p)
+    if fill:
+        fill(unit.params.keys())
     return flat
+
+
+def _fill_frozen(params: dict[str, nn.Parameter], fill: Callable) -> None:
+    """What is in no unit stays whole on every rank."""
+    for p in params.values():
+        p.untyped_storage().resize_(p.numel() * p.element_size())
+    fill(params.keys())
 
 
 def _check_shard(optimizer: torch.optim.Optimizer, make: Callable) -> None:
