@@ -23,6 +23,7 @@ from minitrain.optim import muon
 from minitrain.parallel import comm, parallelize
 from minitrain.parallel.gather import whole
 from minitrain.parallel.mesh import ALONE, init_mesh
+from minitrain.parallel.offload import HostState
 from minitrain.parallel.zero import shard_optimizer
 from minitrain.storage import write_safetensors
 from minitrain.train import forward_backward
@@ -222,7 +223,7 @@ def test_ranks_equal_one_process_with_copies_other_optimizers_offload_and_narrow
     cases = [(Case("tied", 4), parallel, 1e-12) for parallel in [*ZERO[2:], *pairs]]
     cases += [(Case("moe", 4, optimizer), parallel, 1e-12) for optimizer in ("lion", "muon") for parallel in ZERO[::3]]
     cases += [(Case("llama", 4, "muon"), pairs[1], 1e-12)]
-    cases += [(Case("tied", 4, optimizer), ParallelConfig(3, offload="optimizer"), 1e-12) for optimizer in OPTIMIZERS]
+    cases += [(Case("tied", 4), ParallelConfig(3, offload="optimizer"), 1e-12)]
     cases += [(Case("tied", 8, "sgd", "float32"), parallel, 1e-6) for parallel in ZERO[:3:2]]
     cases += [(Case("tied", 8, "sgd", "bfloat16"), parallel, 2e-2) for parallel in ZERO[1::2]]
     cases += [(Case("tied", 4, "sgd"), ParallelConfig(zero, 2, "bfloat16"), 2e-2) for zero in (1, 2)]
@@ -292,6 +293,25 @@ def test_each_reduction_is_needed(tmp_path):
     spawn(4, compare_without, tmp_path / "one-process")
 
 
+def compare_with_a_device_apart(cases, path):
+    """As on a GPU, what is stepped is a copy of what is kept."""
+    homes = set()
+
+    def fetch(self, home):
+        homes.add(home.data_ptr())
+        return home.clone()
+
+    with mock.patch.object(HostState, "_fetch", fetch):
+        compare_all(cases, path)
+    assert homes
+
+
+def test_offloaded_states_are_those_that_were_stepped(tmp_path):
+    cases = [(Case("tied", 2, name), ParallelConfig(1, offload="optimizer"), 1e-12) for name in OPTIMIZERS]
+    write_expected(tmp_path / "one-process", [case for case, *_ in cases])
+    spawn(2, compare_with_a_device_apart, cases, tmp_path / "one-process")
+
+
 # ---- what a rank holds
 
 
@@ -346,6 +366,34 @@ def test_weights_come_in_and_go_out_unit_by_unit(tmp_path):
     spawn(2, fill_by_unit, tmp_path)
     saved, again = (load_file(tmp_path / name / "model.safetensors") for name in ("saved", "again"))
     assert saved.keys() == again.keys() and all(t.equal(again[name]) for name, t in saved.items())
+
+
+def watch_blocks():
+    zero_3, seen, counts = ParallelConfig(3), [], set()
+    model = build_model(dataclasses.replace(MODELS["tied"], num_hidden_layers=4), "cpu")
+    init_weights(model, 0)
+    opt = shard_optimizer(model, sgd, init_mesh("cpu", zero_3), zero_3)
+    for i, block in model.layers.items():
+        block.register_forward_pre_hook(lambda *_, i=i: seen.append(f"forward {i}"))
+        block.register_full_backward_pre_hook(lambda *_, i=i: seen.append(f"backward {i}"))
+    all_gather = comm.all_gather
+
+    def gather(flat, shard, group):
+        all_gather(flat, shard, group)
+        seen.extend(key.removeprefix("layers.") for key in opt.flats if opt.flats[key] is flat)
+        counts.add(sum(opt.flats[key].untyped_storage().nbytes() > 0 for key in opt.gathered.blocks))
+
+    with mock.patch("minitrain.parallel.gather.all_gather", gather):
+        forward_backward(model, make_rows(0, 2), plain_loss, 1.0, ALONE, opt.backward)
+    row = ["0", "1", "forward 0", "2", "forward 1", "3", "forward 2", "forward 3"]
+    row += ["backward 3", "2", "1", "backward 2", "0", "backward 1", "backward 0"]  # 3 has stayed
+    assert seen == ["embed_tokens", "norm", *row, *row]
+    assert max(counts) == 2
+    assert not any(opt.flats[key].untyped_storage().nbytes() for key in opt.gathered.blocks)
+
+
+def test_the_next_block_is_sent_for_before_one_runs_and_no_third_is_whole():
+    spawn(2, watch_blocks)
 
 
 # ---- whole runs

@@ -39,8 +39,11 @@ class HostState:
             for master in masters:
                 for key, home in self._tensors(master).items():
                     self.homes[master, key] = home
-                    self._put(master, key, self._lent(home.to(self.device, non_blocking=True)))
+                    self._put(master, key, self._lent(self._fetch(home)))
         return self.there.mark()
+
+    def _fetch(self, home: Tensor) -> Tensor:
+        return home.to(self.device, non_blocking=True)
 
     def _take_back(self, masters: list[nn.Parameter]) -> None:
         with self.back.beside():
