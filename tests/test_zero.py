@@ -383,16 +383,22 @@ def watch_blocks():
         seen.extend(key.removeprefix("layers.") for key in opt.flats if opt.flats[key] is flat)
         counts.add(sum(opt.flats[key].untyped_storage().nbytes() > 0 for key in opt.gathered.blocks))
 
-    with mock.patch("minitrain.parallel.gather.all_gather", gather):
+    def reduce_scatter(flat, group):
+        seen.append("sum " + {unit.numel: key.split(".")[0] for key, unit in opt.units.items()}[flat.numel()])
+        return comm.reduce_scatter(flat, group)
+
+    replaced = mock.patch("minitrain.parallel.ddp.reduce_scatter", reduce_scatter)
+    with mock.patch("minitrain.parallel.gather.all_gather", gather), replaced:
         forward_backward(model, make_rows(0, 2), plain_loss, 1.0, ALONE, opt.backward)
     row = ["0", "1", "forward 0", "2", "forward 1", "3", "forward 2", "forward 3"]
-    row += ["backward 3", "2", "1", "backward 2", "0", "backward 1", "backward 0"]  # 3 has stayed
+    row += ["backward 3", "2", "sum norm", "1", "sum layers", "backward 2", "0", "sum layers", "backward 1"]  # 3 stayed
+    row += ["sum layers", "backward 0", "sum layers", "sum embed_tokens"]
     assert seen == ["embed_tokens", "norm", *row, *row]
     assert max(counts) == 2
     assert not any(opt.flats[key].untyped_storage().nbytes() for key in opt.gathered.blocks)
 
 
-def test_the_next_block_is_sent_for_before_one_runs_and_no_third_is_whole():
+def test_the_next_block_is_sent_for_before_one_runs_no_third_is_whole_and_sums_begin_in_backward():
     spawn(2, watch_blocks)
 
 
