@@ -46,12 +46,13 @@ def predict_memory(cfg: Config, ranks: int = 1) -> Memory:
     width = 4 if cfg.train.dtype == "float32" else 2
     is_flat = ranks > 1 or bool(parallel.offload)  # zero.ShardedOptimizer, else MasterOptimizer
     shards = 1 if parallel.zero == 0 else parallel.shard_within or ranks
+    zero = parallel.zero if shards > 1 else 0
     model = build_model(cfg.model)
     units = make_units(model, shards)
     whole = sum(unit.numel for unit in units.values()) if is_flat else sum(p.numel() for p in model.parameters())
     shard = whole // shards
     blocks = [unit.numel for key, unit in units.items() if key.startswith("layers.")]
-    gathers = parallel.zero == 3 and shards > 1
+    gathers = zero == 3
     states = 3 * shard if is_flat or width < _WIDE else 2 * shard
     if parallel.offload:  # a unit that comes, one that is stepped, and one that goes
         sizes = [unit.shard_numel for unit in units.values()]
@@ -59,12 +60,12 @@ def predict_memory(cfg: Config, ranks: int = 1) -> Memory:
     block = T * width * _kept_per_token(cfg.model)
     recomputes = cfg.train.recompute == "full"
     buffers = width * (whole - sum(blocks) + 2 * max(blocks)) if gathers else 0
-    if parallel.zero >= 2 and is_flat:
+    if zero >= 2:
         reduced = 2 if parallel.reduce_dtype == "bfloat16" else _WIDE
         buffers += reduced * sum(numel * count for numel, count in row_buffers(units).items())
     return Memory(
         weights=width * (shard if gathers else whole),
-        gradients=_WIDE * (shard if parallel.zero >= 2 else whole),
+        gradients=_WIDE * (shard if zero >= 2 else whole),
         states=_WIDE * states,
         activations=cfg.model.num_hidden_layers * (T * width * cfg.model.hidden_size if recomputes else block),
         loss=_loss_bytes(cfg.model, T, width),

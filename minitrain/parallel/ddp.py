@@ -97,8 +97,9 @@ class Gradients:
     """
 
     def __init__(self, model: nn.Module, units: dict[str, Unit], mesh: Mesh, zero: int, reduce_dtype: torch.dtype):
-        self.units, self.mesh, self.keeps_shards = units, mesh, zero >= 2
+        self.units, self.mesh = units, mesh
         self.shard, self.replica, self.lane = mesh.group("shard"), mesh.group("replica"), Lane(mesh.device)
+        self.keeps_shards = zero >= 2 and self.shard.size > 1
         self.is_last, self.done, self.got = False, set(), set()  # units summed in this row; names with a gradient
         dtype = torch.promote_types(next(iter(units.values())).dtype, torch.float32)
         self.reduce_dtype = reduce_dtype if reduce_dtype == torch.bfloat16 else dtype
