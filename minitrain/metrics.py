@@ -97,7 +97,7 @@ class Log:
     """`with Log(...) as log`: one line a step in metrics.jsonl, and every log_every steps one on the console.
 
     Lines are written when one on the console is due; speeds in them are means since the one before.
-    On several ranks, rank 0 writes and prints. Speeds are those of one rank, but for tokens_per_s, of all.
+    On several ranks, rank 0 writes and prints; but for tokens_per_s, of all, speeds and expert loads are its own.
     Raises FloatingPointError if a loss or gradient norm is no number; the weights are then those before that step.
     """
 

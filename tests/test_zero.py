@@ -402,6 +402,18 @@ def test_the_next_block_is_sent_for_before_one_runs_no_third_is_whole_and_sums_b
     spawn(2, watch_blocks)
 
 
+def run_a_block_twice():
+    model = make_model(Case())
+    model.layers["1"] = model.layers["0"]
+    opt = shard_optimizer(model, adamw, init_mesh("cpu"), ParallelConfig())
+    with pytest.raises(RuntimeError, match=r"^layers\.0\..* got a gradient after .* its block runs twice"):
+        forward_backward(model, make_rows(0, 1), plain_loss, 1.0, ALONE, opt.backward)
+
+
+def test_a_gradient_that_comes_after_its_sum_is_an_error():
+    spawn(2, run_a_block_twice)
+
+
 # ---- whole runs
 
 

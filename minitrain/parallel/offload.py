@@ -26,13 +26,26 @@ class HostState:
 
     def step(self, portions: list[list[nn.Parameter]], step: Callable[[int], None]) -> None:
         """step(i): steps portion i, whose masters and state are then on the device."""
-        marks = [self._bring(portion) for portion in portions[:1]]
+        come, gone = [self._bring(portion) for portion in portions[:1]], []
         for i, portion in enumerate(portions):
-            marks += [self._bring(following) for following in portions[i + 1 : i + 2]]
-            self.there.wait(marks[i])
+            if i >= 2 and self.pins:  # three portions are on the device; else the host would send for all of them
+                gone[i - 2].synchronize()
+            come += [self._bring(following) for following in portions[i + 1 : i + 2]]
+            self.there.wait(come[i])
             step(i)
-            self._take_back(portion)
+            gone.append(self._take_back(portion))
         self.back.join()
+
+    def wait(self) -> None:
+        """Until all is back, for the host to read it."""
+        if self.pins:
+            torch.cuda.synchronize(self.device)
+
+    def place(self) -> None:
+        """State that was loaded, where step() expects it: pinned, and scalars on the device."""
+        for state in self.optimizer.state.values() if self.pins else ():
+            for key, value in state.items():
+                state[key] = value.pin_memory() if value.ndim else value.to(self.device)
 
     def _bring(self, masters: list[nn.Parameter]):
         with self.there.beside():
@@ -45,7 +58,7 @@ class HostState:
     def _fetch(self, home: Tensor) -> Tensor:
         return home.to(self.device, non_blocking=True)
 
-    def _take_back(self, masters: list[nn.Parameter]) -> None:
+    def _take_back(self, masters: list[nn.Parameter]):
         with self.back.beside():
             for master in masters:
                 for key, value in self._tensors(master).items():
@@ -54,6 +67,7 @@ class HostState:
                     home.copy_(value, non_blocking=True)
                     self._lent(value)
                     self._put(master, key, home)
+        return self.back.mark()
 
     def _tensors(self, master) -> dict[str, Tensor]:
         """The master itself by the key "", and its state but for scalars, which stay on the device."""

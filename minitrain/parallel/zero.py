@@ -173,11 +173,8 @@ class ShardedOptimizer(MasterOptimizer):
         wants_whole = getattr(make, "shard", "piece") == "param" and self.group.size > 1
         self.owners = Owners(self.units, self.group) if wants_whole else None
         gathers = cfg.zero == 3 and self.group.size > 1
-        self.flats, self.shards, self.masters = (
-            {},
-            {},
-            {},
-        )  # what the model computes with, this rank's part, its masters
+        self.flats, self.shards = {}, {}  # what the model computes with, and this rank's part of it
+        self.masters = {}
         for key, unit in self.units.items():
             flat = _flatten(unit, fill)
             self.masters |= self._make_masters(unit, on_host=cfg.offload == "optimizer" and flat.is_cuda)
@@ -248,12 +245,13 @@ class ShardedOptimizer(MasterOptimizer):
 
     def _round(self, keys: list[str]) -> None:
         """Masters into this rank's shards of the weights."""
-        for key in keys:
-            if self.owners is None:
-                for name, piece in self._pieces(key, self.shards[key]).items():
-                    piece.copy_(self.masters[name].flatten())
-            else:
+        if self.owners is not None:
+            for key in keys:
                 self.owners.hand_out(key, {name: self.masters[name] for name in self._names(key)}, self.shards[key])
+            return
+        pieces = {name: piece for key in keys for name, piece in self._pieces(key, self.shards[key]).items()}
+        if pieces:
+            torch._foreach_copy_(list(pieces.values()), [self.masters[name].flatten() for name in pieces])
 
     @torch.no_grad()
     def write_weights(self) -> None:
@@ -275,6 +273,8 @@ class ShardedOptimizer(MasterOptimizer):
 
     def weights(self) -> dict[str, Tensor | Later]:
         """Masters, read by all ranks together: rank 0 then has the whole one."""
+        if self.host:
+            self.host.wait()
         later = {}
         for name, p in self.params.items():
             later[name] = self._later(name, _wide(p.dtype), p.shape, lambda m: m) if name in self.unit_of else p
@@ -292,6 +292,8 @@ class ShardedOptimizer(MasterOptimizer):
 
     def state(self) -> dict[str, Tensor | Later]:
         """As weights(). A scalar, such as a count of steps, is the same on all ranks that have one."""
+        if self.host:
+            self.host.wait()
         mine = {}
         for full_name, value in super().state().items():
             name, _, _ = full_name.rpartition(".")
@@ -320,6 +322,8 @@ class ShardedOptimizer(MasterOptimizer):
                 raise ValueError(f"optimizer state for {full_name}, which the model has not")
         mine = {k: v for k, v in tensors.items() if k.rpartition(".")[0] in self.masters}
         super().load_state({k: self._cut(k.rpartition(".")[0], v) if v.ndim else v for k, v in mine.items()})
+        if self.host:
+            self.host.place()
 
     @property
     def _is_cut(self):
