@@ -42,17 +42,20 @@ def seeded():
 multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "minitrain.train"])
 
 
-def spawn(n, fn, *args):
-    """fn(*args) on n ranks, gloo on the CPU; raises what one of them raised."""
+def spawn(n, fn, *args, device="cpu"):
+    """fn(*args) on n ranks, over gloo, or on GPUs over NCCL; raises what one of them raised."""
     with tempfile.TemporaryDirectory() as folder:
-        args = (n, f"{folder}/store", fn, args)
+        args = (n, f"{folder}/store", device, fn, args)
         torch.multiprocessing.start_processes(_rank, args, nprocs=n, start_method="forkserver")
 
 
-def _rank(rank, n, store, fn, args):
+def _rank(rank, n, store, device, fn, args):
     torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     store = dist.FileStore(store, n)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=n, timeout=timedelta(seconds=60))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=n, timeout=timedelta(seconds=60))
     fn(*args)
     dist.destroy_process_group()
 

@@ -22,7 +22,7 @@ from minitrain.models.qwen3_moe import Qwen3MoeConfig
 from minitrain.optim import muon
 from minitrain.parallel import comm, parallelize
 from minitrain.parallel.gather import whole
-from minitrain.parallel.mesh import ALONE, init_mesh
+from minitrain.parallel.mesh import ALONE, Mesh, init_mesh
 from minitrain.parallel.offload import HostState
 from minitrain.parallel.zero import shard_optimizer
 from minitrain.storage import write_safetensors
@@ -73,7 +73,7 @@ class Case:
     rows: int = 2  # of all ranks
     optimizer: str = "adamw"
     dtype: str = "float64"
-    odd: bool = False  # with parameters that are frozen, used in rows of even number only, and never used
+    odd: bool = False  # with parameters that are frozen, that some rows use, and that none uses
     train: tuple = ()  # settings for parallelize
 
 
@@ -99,7 +99,7 @@ def make_rows(step, n):
         batch.targets[torch.rand(len(batch.targets), generator=generator) < 0.3] = IGNORE
         if i == 1 and step % 2 == 0:
             batch.targets.fill_(IGNORE)
-        batch.num_targets, batch.number = int((batch.targets != IGNORE).sum()), i
+        batch.num_targets = int((batch.targets != IGNORE).sum())
         rows.append(batch)
     return rows
 
@@ -112,19 +112,19 @@ def plain_loss(hidden_TD, head, batch):
 
 def run(case, parallel, mesh=ALONE):
     """-> losses and norms of STEPS steps, gradients of the first, the weights after the last."""
-    model = make_model(case)
+    model = make_model(case).to(mesh.device)
     if case.train:
         model = parallelize(model, mesh, TrainConfig(**dict(case.train)))
 
     def loss_fn(hidden_TD, head, batch):
         loss, named = plain_loss(hidden_TD, head, batch)
-        uses = case.odd and batch.number % 2 == 0
+        uses = case.odd and batch.cu_seqlens_q[1] % 2 == 0  # of two rows the first
         return loss + model.sometimes(hidden_TD).square().sum() if uses else loss, named
 
     opt = shard_optimizer(model, OPTIMIZERS[case.optimizer], mesh, parallel)
     losses, norms, grads = [], [], None
     for step in range(STEPS):
-        rows = make_rows(step, case.rows)
+        rows = [row.to(mesh.device) for row in make_rows(step, case.rows)]
         tokens = sum(b.num_targets for b in rows)
         mine = rows[mesh.dp_rank :: mesh.dp_size]
         assert mesh.sum(sum(b.num_targets for b in mine)) == tokens
@@ -170,7 +170,7 @@ def compare(case, parallel, mesh, expected, tolerance):
     assert all(of_rank == norms[0] for of_rank in norms), "the norm differs by a bit"
     errors = {name: difference(value, expected[f"{case} {name}"]) for name, value in results.items()}
     for name, (first, piece) in grads.items():
-        of_one = expected.get(f"{case} gradient of {name}", torch.zeros(1))
+        of_one = expected.get(f"{case} gradient of {name}", piece.new_zeros(1))
         if of_one.any():
             errors[f"gradient of {name}"] = difference(piece, of_one[first:][: len(piece)], of_one)
         else:
@@ -179,27 +179,27 @@ def compare(case, parallel, mesh, expected, tolerance):
     assert errors[worst] <= tolerance, f"{case} {parallel}: {worst} differs by {errors[worst]:.1e}"
 
 
-def check(n, cases, tmp_path):
+def check(n, cases, tmp_path, device="cpu"):
     """cases: [(Case, ParallelConfig, tolerance), ...]; n ranks are started once for all of them."""
-    write_expected(tmp_path / "one-process", {case for case, *_ in cases})
-    spawn(n, compare_all, cases, tmp_path / "one-process")
+    write_expected(tmp_path / "one-process", {case for case, *_ in cases}, device)
+    spawn(n, compare_all, cases, tmp_path / "one-process", device, device=device)
 
 
-def write_expected(path, cases):
+def write_expected(path, cases, device="cpu"):
     tensors = {}
     for case in cases:
-        results, grads = run(case, ParallelConfig())
+        results, grads = run(case, ParallelConfig(), Mesh(torch.device(device)))
         tensors |= {f"{case} {name}": t for name, t in results.items()}
         tensors |= {f"{case} gradient of {name}": g for name, (_, g) in grads.items()}
     write_safetensors(path, tensors)
 
 
-def compare_all(cases, path):
-    expected = load_file(path)
+def compare_all(cases, path, device="cpu"):
+    expected = load_file(path, device)
     meshes = {}
     for case, parallel, tolerance in cases:
         cut = 1 if parallel.zero == 0 else parallel.shard_within
-        meshes[cut] = meshes.get(cut) or init_mesh("cpu", parallel)
+        meshes[cut] = meshes.get(cut) or init_mesh(device, parallel)
         compare(case, parallel, meshes[cut], expected, tolerance)
 
 
@@ -452,3 +452,19 @@ def test_a_run_goes_on_under_any_stage_on_any_number_of_ranks(corpus, tmp_path):
         for row, of_one in zip(read_metrics(cfg.run_dir), read_metrics(one.run_dir), strict=True):
             assert row["step"] == of_one["step"] and row["trained_tokens"] == of_one["trained_tokens"]
             assert row["loss"] == pytest.approx(of_one["loss"], rel=1e-5)
+
+
+# ---- on GPUs, over NCCL
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("train", [(), (("compile", "on"), ("recompute", "full"))], ids=["plain", "compiled"])
+def test_two_gpus_equal_one(tmp_path, train):
+    offload = ParallelConfig(3, offload="optimizer")
+    cases = [(Case(model, 4, dtype="float64"), parallel, 1e-10) for model in MODELS for parallel in [*ZERO, offload]]
+    if train:
+        cases = [
+            (Case(model, 4, "sgd", "bfloat16", train=train), p, 2e-2) for model in MODELS for p in [*ZERO, offload]
+        ]
+    check(2, cases, tmp_path, "cuda")
