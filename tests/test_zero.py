@@ -253,6 +253,7 @@ def count_compilations(path):
 COMPILED = Case("tied", 4, train=(("compile", "on"), ("recompute", "full")))
 
 
+@pytest.mark.slow
 def test_compiled_blocks_are_compiled_once_though_their_weights_come_and_go(tmp_path):
     plain = dataclasses.replace(COMPILED, train=())
     write_expected(tmp_path / "plain", [plain])
