@@ -19,6 +19,7 @@ from minitrain.models import build_model, init_weights, materialize
 from minitrain.models.llama import LlamaConfig
 from minitrain.models.qwen3 import Qwen3Config
 from minitrain.models.qwen3_moe import Qwen3MoeConfig
+from minitrain.optim import adamw as fused_adamw
 from minitrain.optim import muon
 from minitrain.parallel import comm, parallelize
 from minitrain.parallel.gather import whole
@@ -401,6 +402,32 @@ def watch_blocks():
 
 def test_the_next_block_is_sent_for_before_one_runs_no_third_is_whole_and_sums_begin_in_backward():
     spawn(2, watch_blocks)
+
+
+def meet_a_nan():
+    """On rank 1, in the second step."""
+    for parallel in ZERO:
+        mesh = init_mesh("cpu", parallel)
+        model = make_model(Case(dtype="float32"))
+        opt = shard_optimizer(model, fused_adamw(OptimConfig()), mesh, parallel)
+        kept = []
+        for step in range(4):
+            bad = torch.nan if mesh.rank == 1 and step == 1 else 1.0
+            rows = make_rows(step, 2)[mesh.rank :: 2]
+            loss, _ = forward_backward(
+                model, rows, lambda *args, bad=bad: (plain_loss(*args)[0] * bad, {}), 0.1, mesh, opt.backward
+            )
+            opt.clip_grad_norm(1.0, loss)
+            opt.step(0.01)
+            assert loss.isfinite() == (step != 1)
+            with whole(model):
+                kept.append(torch.cat([p.flatten() for p in model.parameters()]))
+        assert all(weights.equal(kept[0]) for weights in kept[1:])
+        assert not kept[0].equal(torch.cat([p.flatten() for p in make_model(Case(dtype="float32")).parameters()]))
+
+
+def test_a_nan_on_one_rank_stops_the_steps_of_all():
+    spawn(2, meet_a_nan)
 
 
 def run_a_block_twice():

@@ -156,7 +156,7 @@ def main() -> None:
     print(f"\n{where}, torch {torch.__version__}, {cfg.model.type}, documents {documents}")
     columns = {
         "tokens a step": f"{cfg.data.rows_per_step} x {cfg.data.tokens_per_row:,}",
-        "tokens/s": f"{result['tokens_per_s']:,.0f}",
+        "tokens/s a GPU": f"{result['tokens_per_s'] / mesh.size:,.0f}",
         "ms a step": f"{result['step_ms']:,.1f}",
         "TFLOP/s (C)": f"{result['tflops_c']:.1f}",
         "MFU C": f"{result['mfu_c']:.1%}" if "mfu_c" in result else "-",

@@ -105,9 +105,11 @@ def whole(module: nn.Module) -> Iterator[None]:
     units = dict.fromkeys(p.unit for p in module.parameters() if hasattr(p, "unit"))  # in the same order on all ranks
     for weights, key in units:
         weights.use(key)
-    yield
-    for weights, key in units:
-        weights.free(key)
+    try:
+        yield
+    finally:
+        for weights, key in units:
+            weights.free(key)
 
 
 def read_whole(p: nn.Parameter) -> nn.Parameter:
