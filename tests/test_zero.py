@@ -213,6 +213,7 @@ def product(ranks, models=tuple(MODELS), **options):
     return [(case, parallel, 1e-12) for case in cases for parallel in ZERO]
 
 
+@pytest.mark.timeout(600)  # eight ranks on two cores
 @pytest.mark.parametrize("ranks", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4, 8))])
 def test_ranks_equal_one_process(ranks, tmp_path):
     check(ranks, product(ranks), tmp_path)
@@ -326,8 +327,7 @@ def count_elements():
         masters = sum(m.numel() for m in opt.masters.values())
         assert masters == sum(p.numel() for p in model.parameters()) if zero == 0 else masters <= total / 3
         assert sum(g.numel() for g in opt.gradients.flat.values()) == (total if zero < 2 else total / 3)
-        stored = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
-        assert sum(stored.values()) == (8 * total if zero < 3 else 0)
+        assert sum(f.untyped_storage().nbytes() for f in opt.flats.values()) == (8 * total if zero < 3 else 0)
         assert sum(s.untyped_storage().nbytes() for s in opt.shards.values()) == 8 * (total if zero < 3 else total / 3)
         assert all(master.ndim == opt.params[name].ndim for name, master in opt.masters.items())
     with pytest.raises(UserError, match="shared out by an earlier run"):
@@ -357,9 +357,10 @@ def fill_by_unit(folder):
     shard_optimizer(model, adamw, init_mesh("cpu", zero_3), zero_3, fill)
     assert max(filled) < 0.6 * sum(p.nbytes for p in model.parameters())  # a block of two, or the embedding
     save_pretrained(model, folder / "again")
-    with whole(model.layers["1"]):
-        assert model.layers["1"].mlp.gate.weight.any()
-    assert not model.layers["1"].mlp.gate.weight.untyped_storage().nbytes()
+    gate = model.layers["1"].mlp.gate
+    with whole(gate):
+        assert gate.weight.any() and gate.weight.isfinite().all()
+    assert gate.weight.shape == (8, 24) and gate.weight.isnan().all()  # not whatever is in memory
 
 
 def test_weights_come_in_and_go_out_unit_by_unit(tmp_path):

@@ -4,14 +4,16 @@
     backward     block i runs | i - 1 is on its way            then i's are gone again
     elsewhere    the embedding, the norm and the head come with the first forward and stay until the step
 
-A parameter is a view of its unit's flat tensor, for good. What comes and goes is the memory under it: its storage is
-resized, so views that autograd and compiled code keep stay valid, and nothing is compiled again.
+A parameter is a view of its unit's flat tensor. What comes and goes is the memory under it: the storage is resized, so
+views that autograd and compiled code keep stay valid, and nothing is compiled again. Who looks at a parameter while its
+memory is gone finds its shape, and NaN.
 """
 
 import contextlib
 import functools
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 from minitrain.parallel.comm import Group, Lane, all_gather
@@ -27,7 +29,12 @@ class GatheredWeights:
         self.flats, self.shards = flats, shards
         self.marks = {}  # units that are there, or on their way
         self.shown: str | None = None
+        self.views, self.blanks = {}, {}  # of each unit's parameters: their data while it is there, and while not
         for key, unit in units.items():
+            blank = torch.full((), torch.nan, dtype=unit.dtype, device=self.flats[key].device)
+            self.views[key] = [(p, p.data) for p in unit.params.values()]
+            self.blanks[key] = [(p, blank.expand(p.shape)) for p in unit.params.values()]
+            _set_data(self.blanks[key])
             for p in unit.params.values():
                 p.unit = (self, key)
         self.blocks = [key for key in blocks_of(model) if key in units]
@@ -46,6 +53,7 @@ class GatheredWeights:
                 with self.lane.beside():  # the memory is of this stream: it is not written before readers are done
                     flat.untyped_storage().resize_(flat.numel() * flat.element_size())
                     all_gather(flat, self.shards[key], self.group)
+                _set_data(self.views[key])
                 self.marks[key] = self.lane.mark()
 
     def use(self, *keys: str) -> None:
@@ -58,6 +66,7 @@ class GatheredWeights:
         for key in keys:
             if key in self.marks:
                 del self.marks[key]
+                _set_data(self.blanks[key])
                 self.flats[key].untyped_storage().resize_(0)
 
     def free_all(self) -> None:
@@ -93,6 +102,11 @@ class GatheredWeights:
         self.free(self.blocks[i])
         if i:
             self._backward_enters(i - 1)
+
+
+def _set_data(pairs: list[tuple[nn.Parameter, Tensor]]) -> None:
+    for p, data in pairs:
+        p.data = data
 
 
 @contextlib.contextmanager
