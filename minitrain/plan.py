@@ -75,16 +75,16 @@ def predict_memory(cfg: Config, ranks: int = 1) -> Memory:
     )
 
 
-def _kept_per_token(model) -> int:
+def _kept_per_token(cfg) -> int:
     """Elements that a block keeps of a token."""
-    D, C = model.hidden_size, model.head_dim
-    q, kv = model.num_attention_heads * C, model.num_key_value_heads * C
+    D, C = cfg.hidden_size, cfg.head_dim
+    q, kv = cfg.num_attention_heads * C, cfg.num_key_value_heads * C
     attention = 2 * D + (q + 2 * kv) + (q + kv) + q  # input and its norm; projections; after RoPE; attention's output
-    if experts := getattr(model, "num_experts_per_tok", 0):
-        return attention + 2 * D + experts * (2 * D + 3 * model.moe_intermediate_size)  # a copy for each expert
-    return attention + 2 * D + 3 * model.intermediate_size  # input and its norm; gate, up and their product
+    if experts := getattr(cfg, "num_experts_per_tok", 0):
+        return attention + 2 * D + experts * (2 * D + 3 * cfg.moe_intermediate_size)  # a copy for each expert
+    return attention + 2 * D + 3 * cfg.intermediate_size  # input and its norm; gate, up and their product
 
 
-def _loss_bytes(model, T: int, width: int) -> int:
-    D, V = model.hidden_size, model.vocab_size
+def _loss_bytes(cfg, T: int, width: int) -> int:
+    D, V = cfg.hidden_size, cfg.vocab_size
     return T * D * width + V * D * _WIDE + min(T, piece_rows(V, width)) * V * width
