@@ -16,6 +16,7 @@ _HOME = {
     "LlamaForCausalLM": "models.llama",
     "OptimConfig": "config",
     "PackedData": "data",
+    "ParallelConfig": "config",
     "Qwen2Config": "models.llama",
     "Qwen2ForCausalLM": "models.llama",
     "Qwen3Config": "models.qwen3",
@@ -29,6 +30,7 @@ _HOME = {
     "cross_entropy": "loss",
     "from_pretrained": "hf",
     "generate": "generate",
+    "muon": "optim",
     "save_pretrained": "hf",
     "train": "train",
 }

@@ -1,5 +1,7 @@
 """python -m minitrain --config FILE.toml [--section.key value ...] [--help]
 
+torchrun --nproc-per-node 8 -m minitrain --config FILE.toml ...
+
 Trains, and prints the sample that the config asks for. What a person got wrong is one line and exit
 code 2; a traceback is a bug of ours.
 """
@@ -7,28 +9,40 @@ code 2; a traceback is a bug of ours.
 import json
 import logging
 import sys
+import traceback
 from pathlib import Path
 
 import torch
 
-from minitrain.config import Config, UserError, exit_with, load_config, take_config
+from minitrain.config import Config, UserError, load_config, take_config
 from minitrain.generate import generate
 from minitrain.hf import default_config, end_of_text, load_tokenizer
+from minitrain.parallel import mesh
 from minitrain.train import train
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    """On several ranks the first that fails says why, and all end."""
+    level = logging.INFO if mesh.is_first() else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         run(sys.argv[1:])
     except (UserError, FloatingPointError, OSError) as error:  # settings and files, a loss that is no number, the disk
-        exit_with(error)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the newest checkpoint, if there is one", file=sys.stderr)
-        sys.exit(130)
+        fail(f"error: {error}", 2)
     except torch.OutOfMemoryError as error:
-        exit_with(f"{str(error).splitlines()[0]} Lower data.tokens_per_row, or set train.recompute to full.")
+        fail(f"error: {str(error).splitlines()[0]} Lower data.tokens_per_row, or set train.recompute to full.", 2)
+    except KeyboardInterrupt:
+        fail("\nstopped; the same command goes on from the newest checkpoint, if there is one", 130)
+    except Exception:
+        fail(traceback.format_exc(), 1)
+    mesh.leave()
+
+
+def fail(text: str, code: int) -> None:
+    if mesh.is_first_to_fail():
+        print(text, file=sys.stderr)
+    mesh.abandon(code)
 
 
 def run(argv: list[str]) -> None:
@@ -38,8 +52,11 @@ def run(argv: list[str]) -> None:
 
 def finish(cfg: Config, model) -> None:
     """The sample, and the line that sums the run up."""
-    if cfg.train.sample:
-        print(sample(cfg.train.sample, model, Path(cfg.data.path)))
+    text = sample(cfg.train.sample, model, Path(cfg.data.path)) if cfg.train.sample else ""  # by all ranks together
+    if not mesh.is_first():
+        return
+    if text:
+        print(text)
     run_dir = Path(cfg.run_dir)
     losses = [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     last = losses[-cfg.train.log_every :]

@@ -12,11 +12,10 @@ import logging
 import shutil
 from pathlib import Path
 
-import torch
-
 from minitrain.config import CheckpointConfig, UserError
-from minitrain.parallel.zero import ShardedOptimizer
-from minitrain.storage import NewFolder, open_safetensors, read_json, sha256, write_json, write_safetensors
+from minitrain.parallel.mesh import Mesh
+from minitrain.parallel.zero import MasterOptimizer
+from minitrain.storage import NewFolder, open_safetensors, read_json, send_pieces, sha256, write_json, write_safetensors
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +29,8 @@ class Checkpointer:
     data: with state() and load_state(), its place is stored; any other iterator is advanced step by step on resume.
     """
 
-    def __init__(self, cfg: CheckpointConfig, run_dir: Path, opt: ShardedOptimizer, data):
-        self.cfg, self.opt, self.data = cfg, opt, data
+    def __init__(self, cfg: CheckpointConfig, run_dir: Path, opt: MasterOptimizer, data, mesh: Mesh):
+        self.cfg, self.opt, self.data, self.mesh = cfg, opt, data, mesh
         self.folder = run_dir / "checkpoints"
         if not cfg.resume and (self.find() or (run_dir / "metrics.jsonl").exists()):
             raise UserError(f"{run_dir} holds a run already and checkpoint.resume is false; choose another run_dir")
@@ -45,7 +44,11 @@ class Checkpointer:
 
         UserError if it is damaged, or of another model, optimizer or corpus; nothing is changed then.
         """
-        if not (done := self.find()):
+        done = self.find()
+        newest = int(done[-1].name[5:]) if done else 0
+        if self.mesh.sum(newest) != newest * self.mesh.size:
+            raise UserError(f"{self.folder}: not the same on all ranks; run_dir has to be where all nodes see it")
+        if not done:
             return 0
         path = done[-1]
         manifest = _read_manifest(path)
@@ -53,7 +56,7 @@ class Checkpointer:
             raise UserError(f"{path}: of another optimizer: {manifest['optimizer']} there, {self._optimizer} here")
         weights, state = (open_safetensors(path / file) for file in FILES)
         shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-        wanted = {name: tuple(master.shape) for name, master in self.opt.masters.items()}
+        wanted = {name: tuple(master.shape) for name, master in self.opt.weights().items()}
         if wrong := [n for n in sorted(shapes | wanted) if shapes.get(n) != wanted.get(n)]:
             n = wrong[0]
             there, here = shapes.get(n, "absent"), wanted.get(n, "absent")
@@ -65,10 +68,7 @@ class Checkpointer:
         else:
             for _ in range(manifest["step"]):
                 next(self.data)
-        with torch.no_grad():
-            for name, master in self.opt.masters.items():
-                master.copy_(weights.get_tensor(name))
-        self.opt.write_weights()
+        self.opt.load_weights(weights.get_tensor)
         self.opt.load_state({name: state.get_tensor(name) for name in state.keys()})  # noqa: SIM118
         log.info("resumed from %s", path)
         return manifest["step"]
@@ -82,10 +82,17 @@ class Checkpointer:
         return self.cfg.every > 0 and (step % self.cfg.every == 0 or step == steps)
 
     def save(self, step: int) -> None:
-        """Write the state after `step` steps, then delete what is older than the newest cfg.keep."""
-        path = self.folder / f"step-{step:08}"
+        """Write the state after `step` steps, then delete what is older than the newest cfg.keep.
+
+        Called by all ranks: rank 0 writes, the others send it their pieces.
+        """
+        path, contents = self.folder / f"step-{step:08}", (self.opt.weights(), self.opt.state())
+        if self.mesh.rank > 0:
+            for tensors in contents:
+                send_pieces(dict(sorted(tensors.items())))
+            return
         with NewFolder(path, replace=True) as tmp:
-            tensors = zip(FILES, (self.opt.masters, self.opt.state()), strict=True)
+            tensors = zip(FILES, contents, strict=True)
             manifest = {
                 "format": FORMAT,
                 "step": step,

@@ -35,7 +35,7 @@ class DataConfig:
     max_seqlen: int = 4096
     """Longest document in tokens; longer ones are split. No more than tokens_per_row."""
     rows_per_step: int = 1
-    """Rows in one optimizer step; more than one accumulate their gradients."""
+    """Rows in one optimizer step, of all ranks; more than one on a rank accumulate their gradients."""
     seed: int = 0
     """Seed of the order of documents."""
 
@@ -110,6 +110,26 @@ class TrainConfig:
 
 
 @dataclass
+class ParallelConfig:
+    zero: Literal[0, 1, 2, 3] = 0
+    """What data-parallel ranks share out: 0 nothing, 1 the optimizer, 2 also gradients, 3 also weights."""
+    shard_within: int = 0
+    """Ranks that share one copy, such as those of a node; groups of them hold the same. 0: all ranks."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which gradients are summed over ranks; over the rows of a rank they always are in float32."""
+    offload: Literal["", "optimizer"] = ""
+    """optimizer: master weights and the optimizer's state stay in host memory and pass through the GPU in each step."""
+    timeout_s: int = 600
+    """Seconds that a rank waits for the others, at the start and in each step, before the run ends."""
+
+    def __post_init__(self):
+        _at_least(0, parallel__shard_within=self.shard_within)
+        _at_least(1, parallel__timeout_s=self.timeout_s)
+        if self.shard_within and not self.zero:
+            raise UserError(f"parallel.shard_within={self.shard_within}: with parallel.zero=0 nothing is shared out")
+
+
+@dataclass
 class CheckpointConfig:
     every: int = 1000
     """Steps between checkpoints, and one after the last step; 0: none at all."""
@@ -132,6 +152,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run_dir: str = "runs/default"
     """Folder of this run: config.toml, metrics.jsonl, checkpoints, export."""

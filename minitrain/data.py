@@ -33,6 +33,10 @@ class PackedData:
 
     def __init__(self, cfg: DataConfig, mesh: Mesh, vocab_size: int):
         self.cfg, self.mesh, self.vocab_size = cfg, mesh, vocab_size
+        if cfg.rows_per_step % mesh.dp_size:
+            raise UserError(
+                f"data.rows_per_step={cfg.rows_per_step} is not divisible by the {mesh.dp_size} ranks that share them"
+            )
         self.shards = _open_shards(cfg.path, vocab_size)
         self.pieces = _split(self.shards, cfg.max_seqlen)
         self.epoch_tokens = int(self.pieces.length.sum())
@@ -69,8 +73,8 @@ class PackedData:
 
     def make_step(self, step: int) -> list[Batch]:
         """The rows of a step in host memory, pinned where the device is a GPU."""
-        n = self.cfg.rows_per_step
-        rows = [self.make_row(r) for r in range(step * n, (step + 1) * n)]
+        n, mesh = self.cfg.rows_per_step, self.mesh
+        rows = [self.make_row(r) for r in range(step * n + mesh.dp_rank, (step + 1) * n, mesh.dp_size)]
         return [row.pin_memory() for row in rows] if self.mesh.device.type == "cuda" else rows
 
     def make_row(self, r: int) -> Batch:

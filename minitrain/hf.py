@@ -8,7 +8,7 @@ transformers 5's rope_parameters); the older one is written, which every tool kn
 import difflib
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from minitrain.config import UserError
 from minitrain.models import MODELS, build_model, materialize, model_class
 from minitrain.models.layers import DecoderConfig
-from minitrain.storage import NewFolder, open_safetensors, read_json, write_json, write_safetensors
+from minitrain.parallel.gather import read_whole
+from minitrain.parallel.mesh import is_first
+from minitrain.storage import Later, NewFolder, open_safetensors, read_json, send_pieces, write_json, write_safetensors
 
 CARRIED = (  # files of a model's folder that go along with its weights, where they exist
     "tokenizer.json",
@@ -161,32 +163,42 @@ def hub_config(model: nn.Module) -> dict:
 
 def hub_tensors(model: nn.Module) -> dict[str, Tensor]:
     """{name on the Hub: view into our parameter}. Tied heads appear once; stacked experts as E tensors each."""
-    views = {}
+    return {hub: _part(p, expert) for hub, (_, p, expert) in _hub_parts(model).items()}
+
+
+def _hub_parts(model) -> dict[str, tuple[str, nn.Parameter, int | None]]:
+    """{name on the Hub: (name here, parameter, number of the expert if it is a stack)}."""
+    parts = {}
     for name, p in model.named_parameters():
         hub = name if name.startswith("lm_head.") else f"model.{name}"
         if p.ndim == 3:  # layers.0.mlp.experts.up_proj (E, F, D) -> model.layers.0.mlp.experts.7.up_proj.weight (F, D)
             prefix, _, matrix = hub.rpartition(".")
-            views |= {f"{prefix}.{e}.{matrix}.weight": p.detach()[e] for e in range(len(p))}
+            parts |= {f"{prefix}.{e}.{matrix}.weight": (name, p, e) for e in range(len(p))}
         else:
-            views[hub] = p.detach()
-    return views
+            parts[hub] = name, p, None
+    return parts
 
 
-def load_weights(model: nn.Module, folder: Path) -> None:
+def _part(p, expert) -> Tensor:
+    return p.detach() if expert is None else p.detach()[expert]
+
+
+def load_weights(model: nn.Module, folder: Path, names: Collection[str] | None = None) -> None:
     """Copy a folder's safetensors into the model's parameters; an error names what does not fit.
 
-    model.source remembers the folder, so that its tokenizer can go with the model.
+    names: into these parameters only. model.source remembers the folder, so that its tokenizer can go with the model.
     """
-    views = hub_tensors(model)
+    parts = _hub_parts(model)
     files = _weight_files(folder)
     ignored = {name for name in files if name.endswith("rotary_emb.inv_freq")}  # old Llama files store this buffer
     if model.config.tie_word_embeddings:
         ignored.add("lm_head.weight")  # some tied models on the Hub store it twice
-    if missing := sorted(views.keys() - files.keys()):
-        raise UserError(f"{folder}: lacks {_listed(missing, sorted(files.keys() - views.keys()))}")
-    if extra := sorted(files.keys() - views.keys() - ignored):
-        raise UserError(f"{folder}: holds tensors that the model has not: {_listed(extra, sorted(views))}")
-    readers = {file: open_safetensors(folder / file) for file in sorted(set(files.values()))}
+    if missing := sorted(parts.keys() - files.keys()):
+        raise UserError(f"{folder}: lacks {_listed(missing, sorted(files.keys() - parts.keys()))}")
+    if extra := sorted(files.keys() - parts.keys() - ignored):
+        raise UserError(f"{folder}: holds tensors that the model has not: {_listed(extra, sorted(parts))}")
+    views = {hub: _part(p, e) for hub, (name, p, e) in parts.items() if names is None or name in names}
+    readers = {file: open_safetensors(folder / file) for file in sorted({files[name] for name in views})}
     for name, view in views.items():
         reader = readers[files[name]]
         shape = tuple(reader.get_slice(name).get_shape())
@@ -242,7 +254,14 @@ def save_pretrained(
     tokenizer: a folder whose tokenizer files, generation_config.json and token ids in config.json come along; None:
     the folder that the weights were loaded from, if they were.
     The folder appears whole or not at all. UserError if it exists; overwrite replaces it if it holds a model.
+    After training on several ranks all of them call this, and rank 0 writes.
     """
+    tensors = {
+        hub: Later(p.dtype, p.shape if e is None else p.shape[1:], lambda p=p, e=e: _part(read_whole(p), e))
+        for hub, (_, p, e) in _hub_parts(model).items()
+    }
+    if not is_first():
+        return send_pieces(tensors)
     config, folder = hub_config(model), Path(folder)
     source = find_folder(tokenizer) if tokenizer is not None else getattr(model, "source", None)
     if tokenizer is not None and not (source / "tokenizer.json").exists():
@@ -254,12 +273,12 @@ def save_pretrained(
         config = {**{k: v for k, v in older.items() if k.endswith("_token_id")}, **config}
     with NewFolder(folder, replace=overwrite) as tmp:
         write_json(tmp / "config.json", config)
-        shards = _shards(hub_tensors(model))
+        shards = _shards(tensors)
         for i, shard in enumerate(shards, 1):
             write_safetensors(tmp / _shard_name(i, len(shards)), shard)
         if len(shards) > 1:
             weight_map = {name: _shard_name(i, len(shards)) for i, shard in enumerate(shards, 1) for name in shard}
-            total = sum(t.numel() * t.element_size() for shard in shards for t in shard.values())
+            total = sum(_bytes(t) for shard in shards for t in shard.values())
             write_json(
                 tmp / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
             )
@@ -272,16 +291,19 @@ def save_pretrained(
             write_json(tmp / "generation_config.json", ids)
 
 
-def _shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+def _shards(tensors: dict[str, Later]) -> list[dict[str, Later]]:
     shards, size = [{}], 0
     for name, t in tensors.items():
-        bytes_ = t.numel() * t.element_size()
-        if shards[-1] and size + bytes_ > _SHARD_BYTES:
+        if shards[-1] and size + _bytes(t) > _SHARD_BYTES:
             shards.append({})
             size = 0
         shards[-1][name] = t
-        size += bytes_
+        size += _bytes(t)
     return shards
+
+
+def _bytes(t: Later) -> int:
+    return t.shape.numel() * t.dtype.itemsize
 
 
 def _shard_name(i: int, n: int) -> str:

@@ -27,6 +27,11 @@ def cross_entropy(hidden_TD: Tensor, head: nn.Linear, batch: Batch) -> tuple[Ten
     return _LinearCrossEntropy.apply(hidden_TD, head.weight, batch.targets, torch.is_grad_enabled()), {}
 
 
+def piece_rows(vocab_size: int, element_bytes: int) -> int:
+    """How many tokens have their logits at a time."""
+    return max(1, _PIECE_BYTES // (vocab_size * element_bytes))
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Gradients are made in the forward, while a piece's logits are there; backward only scales them."""
 
@@ -36,7 +41,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_x = torch.empty_like(x_TD) if with_grad else None
         d_w = torch.zeros_like(w_VD, dtype=torch.float32) if with_grad else None
         losses = []
-        rows = max(1, _PIECE_BYTES // (w_VD.shape[0] * x_TD.element_size()))
+        rows = piece_rows(w_VD.shape[0], x_TD.element_size())
         for start in range(0, len(x_TD), rows):
             piece = slice(start, start + rows)
             x, logits_NV = x_TD[piece], F.linear(x_TD[piece], w_VD)

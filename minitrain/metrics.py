@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import re
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -96,12 +97,14 @@ class Log:
     """`with Log(...) as log`: one line a step in metrics.jsonl, and every log_every steps one on the console.
 
     Lines are written when one on the console is due; speeds in them are means since the one before.
+    On several ranks, rank 0 writes and prints; but for tokens_per_s, of all, speeds and expert loads are its own.
     Raises FloatingPointError if a loss or gradient norm is no number; the weights are then those before that step.
     """
 
     def __init__(self, run_dir: Path, cfg: TrainConfig, model: nn.Module, mesh: Mesh, first: int):
         self.path, self.first = run_dir / "metrics.jsonl", first
         self.cfg, self.model, self.device = cfg, model, mesh.device
+        self.writes, self.ranks = mesh.rank == 0, mesh.dp_size
         self.flops = Flops.of(model)
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         self.peak = peak_tflops(name)
@@ -111,13 +114,15 @@ class Log:
                  active / 1e6, name)  # fmt: skip
 
     def __enter__(self) -> "Log":
-        self.path.touch()
-        self.file, end = open(self.path, "r+"), 0
+        if self.writes:
+            self.path.touch()
+        self.file, end = open(self.path, "r+") if self.writes else tempfile.TemporaryFile("r+"), 0
         while (line := self.file.readline()).endswith("\n") and json.loads(line)["step"] <= self.first:
             end = self.file.tell()
         self.file.seek(end)
         self.file.truncate()  # what came after the checkpoint, and a line that was being written
-        self.bar = tqdm(total=self.cfg.steps, initial=self.first, unit="step", disable=None, dynamic_ncols=True)
+        quiet = None if self.writes else True  # None: where there is no terminal
+        self.bar = tqdm(total=self.cfg.steps, initial=self.first, unit="step", disable=quiet, dynamic_ncols=True)
         self._start_window()
         return self
 
@@ -146,9 +151,12 @@ class Log:
     def _start_window(self):
         self.waiting, self.data_wait, self.clock = [], 0.0, time.perf_counter()
 
-    def step(self, step: int, batches: list[Batch], loss: Tensor, norm: Tensor, lr: float, extras: dict[str, Tensor]):
-        """After `step` steps: loss and extras are means over trained tokens."""
-        row = {"step": step, "lr": lr, "trained_tokens": sum(b.num_targets for b in batches)}
+    def step(
+        self, step: int, batches: list[Batch], trained: int, loss: Tensor, norm: Tensor, lr: float,
+        extras: dict[str, Tensor],
+    ):  # fmt: skip
+        """After `step` steps: loss and extras are means over trained tokens, of all ranks as `trained` is."""
+        row = {"step": step, "lr": lr, "trained_tokens": trained}
         tokens, pairs = sum(len(b.tokens) for b in batches), sum(b.num_pairs for b in batches)
         self.waiting.append((row, tokens, pairs, {"loss": loss, "grad_norm": norm, **extras}))
         self.bar.update()
@@ -176,7 +184,8 @@ class Log:
                     f"step {row['step']}: loss {row['loss']}, gradient norm {row['grad_norm']}; "
                     "the weights are those before this step"
                 )
-        self.bar.write(_console_line(rows[-1]))
+        if self.writes:
+            self.bar.write(_console_line(rows[-1]))
         self._start_window()
 
     def _speed(self, seconds) -> dict:
@@ -187,7 +196,7 @@ class Log:
             "mfu_f": self.flops.full(tokens, pairs),
             "hfu": self.flops.hardware(tokens, pairs, self.cfg.recompute),
         }
-        speed = {"tokens_per_s": tokens / seconds, "step_ms": 1000 * seconds / steps}
+        speed = {"tokens_per_s": self.ranks * tokens / seconds, "step_ms": 1000 * seconds / steps}
         speed |= {"data_wait_ms": 1000 * self.data_wait / steps, "tflops_c": flops["mfu_c"] / seconds / 1e12}
         if self.peak:
             speed |= {name: value / seconds / 1e12 / self.peak for name, value in flops.items()}

@@ -1,14 +1,15 @@
-"""AdamW, and the learning rate of a step.
+"""AdamW, Muon, and the learning rate of a step.
 
 An optimizer for train() is a function of a list of parameters that returns a torch.optim.Optimizer, of torch or your
-own. It is handed fp32 master weights (parallel/zero.py), not the model's own parameters.
+own. It is handed fp32 master weights (parallel/zero.py), not the model's own parameters; where ranks share out the
+optimizer, the pieces of them that this rank has, or whole ones if the function or class says shard = "param".
 """
 
 import math
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minitrain.config import OptimConfig
 
@@ -28,6 +29,76 @@ def adamw(cfg: OptimConfig) -> Callable[[list[nn.Parameter]], torch.optim.AdamW]
         return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
 
     return make
+
+
+def muon(cfg: OptimConfig, vocab_size: int) -> Callable[[list[nn.Parameter]], "Muon"]:
+    """Muon for the matrices of the blocks, AdamW for embedding and head (those of vocab_size rows) and for vectors."""
+
+    def make(params):
+        hidden = [p for p in params if p.ndim > 1 and len(p) != vocab_size]
+        ends = [p for p in params if p.ndim > 1 and len(p) == vocab_size]
+        vectors = [p for p in params if p.ndim <= 1]
+        groups = [
+            {"params": hidden, "is_hidden": True, "weight_decay": cfg.weight_decay},
+            {"params": ends, "is_hidden": False, "weight_decay": cfg.weight_decay},
+            {"params": vectors, "is_hidden": False, "weight_decay": 0.0},
+        ]
+        return Muon([g for g in groups if g["params"]], cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps)
+
+    make.shard = Muon.shard
+    return make
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrices are made orthogonal: Jordan 2024, kellerjordan.github.io/posts/muon.
+
+    Stacks of matrices (E, rows, columns) are taken one by one. Updates are scaled by 0.2 * sqrt(longer side), the size
+    of AdamW's, so that both parts share a learning rate and decay (Liu et al. 2025, arXiv:2502.16982).
+    Groups of parameters with is_hidden False are stepped by AdamW.
+    """
+
+    shard = "param"  # an orthogonal matrix is made of a whole one
+
+    def __init__(self, params, lr, momentum=0.95, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0):
+        defaults = {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "is_hidden": True})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    update = self._muon(p, group) if group["is_hidden"] else self._adam(p, group)
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
+
+    def _muon(self, p, group) -> Tensor:
+        momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+        momentum.lerp_(p.grad, 1 - group["momentum"])
+        ahead = p.grad.lerp(momentum, group["momentum"])  # Nesterov's
+        return orthogonalize(ahead).mul_(0.2 * max(p.shape[-2:]) ** 0.5)
+
+    def _adam(self, p, group) -> Tensor:
+        state, (beta1, beta2) = self.state[p], group["betas"]
+        for key in ("exp_avg", "exp_avg_sq"):
+            state.setdefault(key, torch.zeros_like(p))
+        step = state.setdefault("step", torch.zeros((), device=p.device)).add_(1)
+        mean = state["exp_avg"].lerp_(p.grad, 1 - beta1) / (1 - beta1**step)
+        square = state["exp_avg_sq"].lerp_(p.grad.square(), 1 - beta2) / (1 - beta2**step)
+        return mean / (square.sqrt() + group["eps"])
+
+
+def orthogonalize(g: Tensor) -> Tensor:
+    """(..., rows, columns) -> U V^T of its singular value decomposition, singular values in about 0.7 .. 1.2.
+
+    Five Newton-Schulz steps with the coefficients of Jordan 2024, in bf16 on a GPU.
+    """
+    x = g.bfloat16() if g.is_cuda else g
+    x = x.mT if g.shape[-2] > g.shape[-1] else x  # the Gram matrix of the shorter side
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return (x.mT if g.shape[-2] > g.shape[-1] else x).to(g.dtype)
 
 
 def lr_at(step: int, cfg: OptimConfig, steps: int) -> float:

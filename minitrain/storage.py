@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -40,11 +41,22 @@ _MAX_HEADER_BYTES = 10 << 20
 _MAX_TENSORS = 200_000
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+@dataclass(frozen=True)
+class Later:
+    """A tensor that is made when its turn comes to be written, such as one whose pieces lie on several ranks."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    read: Callable[[], Tensor]
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor | Later], metadata: Mapping[str, str] | None = None
+) -> str:
     """Write and sync one file, a tensor at a time (host memory: one tensor). -> sha256 of the file, in hex."""
     header, offset = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     for name, t in tensors.items():
-        size = t.numel() * t.element_size()
+        size = t.shape.numel() * t.dtype.itemsize
         header[name] = {"dtype": _CODES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -58,12 +70,19 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
         put(len(text).to_bytes(8, "little") + text)
         for t in tensors.values():
-            t = t.detach().cpu().contiguous()
+            t = (t.read() if isinstance(t, Later) else t).detach().cpu().contiguous()
             if t.numel():
                 put((ctypes.c_char * (t.numel() * t.element_size())).from_address(t.data_ptr()))
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+def send_pieces(tensors: Mapping[str, Tensor | Later]) -> None:
+    """What a rank does while another one writes them."""
+    for t in tensors.values():
+        if isinstance(t, Later):
+            t.read()
 
 
 def open_safetensors(path: Path) -> safe_open:

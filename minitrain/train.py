@@ -4,11 +4,12 @@ Everything here is a function of modules that you can import; who needs another 
 """
 
 import contextlib
+import functools
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from minitrain.metrics import Log
 from minitrain.models import build_model, init_weights, load_object, materialize
 from minitrain.optim import adamw, lr_at
 from minitrain.parallel import compute_dtype, parallelize
-from minitrain.parallel.mesh import Mesh, init_mesh
-from minitrain.parallel.zero import ShardedOptimizer
+from minitrain.parallel.comm import sum_equal
+from minitrain.parallel.mesh import ALONE, Mesh, init_mesh
+from minitrain.parallel.zero import shard_optimizer
 
 
 def train(
@@ -48,24 +50,24 @@ def train(
     """
     if cfg.train.deterministic:
         use_deterministic_algorithms()
-    mesh = init_mesh(cfg.train.device)
+    mesh = init_mesh(cfg.train.device, cfg.parallel)
     loss_fn = loss_fn or load_object(cfg.train.loss)
     model = model or build_model(cfg.model)  # on meta: names and shapes, no bytes
     data = iter(PackedData(cfg.data, mesh, model.config.vocab_size) if data is None else data)
-    set_weights(model, cfg, mesh)
+    fill = set_weights(model, cfg, mesh)
     model = parallelize(model, mesh, cfg.train)
-    opt = ShardedOptimizer(model, optimizer or adamw(cfg.optim))
-    ckpt = Checkpointer(cfg.checkpoint, Path(cfg.run_dir), opt, data)
+    opt = shard_optimizer(model, optimizer or adamw(cfg.optim), mesh, cfg.parallel, fill)
+    ckpt = Checkpointer(cfg.checkpoint, Path(cfg.run_dir), opt, data, mesh)
     first = ckpt.resume()
-    with contextlib.closing(opt), Log(open_run(cfg), cfg.train, model, mesh, first) as log:
+    with contextlib.closing(opt), Log(open_run(cfg, mesh), cfg.train, model, mesh, first) as log:
         for step in range(first, cfg.train.steps):
             batches = log.wait_for(data)  # this rank's rows of the step
             tokens = mesh.sum(sum(b.num_targets for b in batches))  # trained tokens, all ranks
-            loss, extras = forward_backward(model, batches, loss_fn, scale=1 / max(1, tokens))
+            loss, extras = forward_backward(model, batches, loss_fn, 1 / max(1, tokens), mesh, opt.backward)
             norm = opt.clip_grad_norm(cfg.optim.max_norm, loss)  # both stay on the device
             lr = lr_at(step, cfg.optim, cfg.train.steps)
             opt.step(lr)
-            log.step(step + 1, batches, loss, norm, lr, extras)
+            log.step(step + 1, batches, tokens, loss, norm, lr, extras)
             if on_step:
                 on_step(step + 1, model, extras)
             if ckpt.is_due(step + 1, cfg.train.steps):
@@ -85,34 +87,56 @@ def use_deterministic_algorithms() -> None:
 
 
 def forward_backward(
-    model: nn.Module, batches: list[Batch], loss_fn: Callable, scale: float
+    model: nn.Module,
+    batches: list[Batch],
+    loss_fn: Callable,
+    scale: float,
+    mesh: Mesh = ALONE,
+    backward: Callable[[bool], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Gradients of scale * (sum of the rows' losses), added up row by row. -> scaled loss and extras, detached."""
+    """Gradients of scale * (sum of the rows' losses), added up row by row. -> scaled loss and extras, detached.
+
+    On several ranks each has its own rows; loss and extras are those of all. backward(is the row the last) is a context
+    for a row's backward, in which gradients are summed over the ranks.
+    """
     total, extras = 0.0, {}
-    for batch in batches:
-        batch.share = 1 / len(batches)
+    for i, batch in enumerate(batches, 1):
+        batch.share = 1 / (len(batches) * mesh.dp_size)
         loss, named = loss_fn(model(batch), model.lm_head, batch)
-        (loss * scale).backward()
+        with backward(i == len(batches)):
+            (loss * scale).backward()
         total = total + loss.detach() * scale
         for name, value in named.items():
             extras[name] = extras.get(name, 0.0) + value.detach() * scale
+    if mesh.dp_size > 1:
+        total, *values = sum_equal(torch.stack([total, *extras.values()]), mesh.group("dp"))
+        extras = dict(zip(extras, values, strict=True))
     return total, extras
 
 
 @torch.no_grad()
-def set_weights(model: nn.Module, cfg: Config, mesh: Mesh) -> None:
-    """Put the model on the device in the compute dtype; one that is on meta gets the pretrained or random weights."""
+def set_weights(model: nn.Module, cfg: Config, mesh: Mesh) -> Callable[[Collection[str]], None] | None:
+    """Put the model on the device in the compute dtype; one that is on meta gets the pretrained or random weights.
+
+    Under ZeRO 3 it does not get them, nor the memory: fill(names) is returned, which gives a part its values.
+    """
     is_new = next(model.parameters()).is_meta
     dtype = compute_dtype(mesh, cfg.train)
     if not is_new:
         model.to(mesh.device, dtype)
-        return
-    materialize(model, mesh.device, dtype)
+        return None
+    is_cut_first = cfg.parallel.zero == 3 and mesh.group("shard").size > 1
+    materialize(model, mesh.device, dtype, with_memory=not is_cut_first)
     if cfg.model.pretrained:
-        load_weights(model, find_folder(cfg.model.pretrained))
-        _check_tokenizer(model.source, cfg)
+        folder = find_folder(cfg.model.pretrained)
+        _check_tokenizer(folder, cfg)
+        fill = functools.partial(load_weights, model, folder)
     else:
-        init_weights(model, cfg.train.seed)
+        fill = functools.partial(init_weights, model, cfg.train.seed)
+    if is_cut_first:
+        return fill
+    fill()
+    return None
 
 
 def _check_tokenizer(source: Path, cfg: Config) -> None:
@@ -126,9 +150,11 @@ def _check_tokenizer(source: Path, cfg: Config) -> None:
         )
 
 
-def open_run(cfg: Config) -> Path:
-    """The run's folder, with what is needed to repeat the run: config.toml and environment.txt."""
+def open_run(cfg: Config, mesh: Mesh) -> Path:
+    """The run's folder, in which rank 0 writes what is needed to repeat the run: config.toml and environment.txt."""
     folder = Path(cfg.run_dir)
+    if mesh.rank > 0:
+        return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.toml").write_text(to_toml(cfg))

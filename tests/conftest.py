@@ -1,13 +1,18 @@
 """Shared by the tests: a tiny corpus, tiny models, and one seed."""
 
 import json
+import multiprocessing
 import os
+import tempfile
+from datetime import timedelta
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches the network
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 from tokenizers import Tokenizer, models
 
 from minitrain.storage import sha256, write_json, write_safetensors
@@ -31,6 +36,28 @@ def pytest_runtest_setup(item):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+# Ranks are forked from a process that has imported torch, and nothing else: spawning them anew takes seconds each.
+multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "minitrain.train"])
+
+
+def spawn(n, fn, *args, device="cpu"):
+    """fn(*args) on n ranks, over gloo, or on GPUs over NCCL; raises what one of them raised."""
+    with tempfile.TemporaryDirectory() as folder:
+        args = (n, f"{folder}/store", device, fn, args)
+        torch.multiprocessing.start_processes(_rank, args, nprocs=n, start_method="forkserver")
+
+
+def _rank(rank, n, store, device, fn, args):
+    torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    store = dist.FileStore(store, n)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=n, timeout=timedelta(seconds=60))
+    fn(*args)
+    dist.destroy_process_group()
 
 
 def write_corpus(folder, documents, vocab_size=101, shards=1):
@@ -63,7 +90,7 @@ def corpus(tmp_path):
 
 def tiny_run(corpus, run_dir, model=None, **sections):
     """The config of a short run of a tiny model on the CPU; sections such as train={"steps": 5} change it."""
-    from minitrain import CheckpointConfig, Config, DataConfig, OptimConfig, Qwen3Config, TrainConfig
+    from minitrain import CheckpointConfig, Config, DataConfig, OptimConfig, ParallelConfig, Qwen3Config, TrainConfig
 
     def section(kind, **defaults):
         return kind(**defaults | sections.pop(kind.__name__.removesuffix("Config").lower(), {}))
@@ -73,6 +100,7 @@ def tiny_run(corpus, run_dir, model=None, **sections):
         section(DataConfig, path=str(corpus), tokens_per_row=64, max_seqlen=32),
         section(OptimConfig, lr=1e-2, warmup_steps=2),
         section(TrainConfig, steps=20, device="cpu"),
+        section(ParallelConfig),
         section(CheckpointConfig),
         str(run_dir),
     )

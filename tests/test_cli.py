@@ -13,7 +13,7 @@ from conftest import TINY, read_metrics
 
 from minitrain import Qwen3ForCausalLM
 from minitrain.__main__ import main
-from minitrain.config import CheckpointConfig, DataConfig, OptimConfig, TrainConfig
+from minitrain.config import CheckpointConfig, DataConfig, OptimConfig, ParallelConfig, TrainConfig
 from minitrain.models.layers import DecoderConfig
 
 ROOT = Path(__file__).parents[1]
@@ -80,7 +80,7 @@ def test_help_lists_every_setting_with_its_default_and_a_sentence(cli):
     text = " ".join(line.strip("│╭╰─╮╯ ") for line in out.splitlines())
     sections = {
         "model": DecoderConfig, "data": DataConfig, "optim": OptimConfig, "train": TrainConfig,
-        "checkpoint": CheckpointConfig,
+        "parallel": ParallelConfig, "checkpoint": CheckpointConfig,
     }  # fmt: skip
     keys = [f"{name}.{key}" for name, section in sections.items() for key in section.__dataclass_fields__]
     for key in [*keys, "run_dir"]:
@@ -204,9 +204,12 @@ def test_cuda_where_there_is_none_is_one_line(cli, config, tmp_path):
     refuse(cli, tmp_path, ["--config", config, "--train.device=cuda"], 'train.device="cuda": torch sees no CUDA')
 
 
-def test_several_ranks_are_refused_in_one_line(cli, config, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refuse(cli, tmp_path, ["--config", config], "WORLD_SIZE=2")
+def test_half_an_environment_of_torchrun_is_one_line(config, tmp_path):
+    command = [sys.executable, "-m", "minitrain", f"--config={config}"]
+    env = {**os.environ, "WORLD_SIZE": "2"}
+    bad = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr == "error: WORLD_SIZE=2, but there is no RANK or LOCAL_RANK; use torchrun\n"
 
 
 def test_a_loss_that_is_no_number_is_one_line(cli, config, monkeypatch):

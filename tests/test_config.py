@@ -15,6 +15,7 @@ from minitrain.config import (
     CheckpointConfig,
     DataConfig,
     OptimConfig,
+    ParallelConfig,
     TrainConfig,
     UserError,
     load_config,
@@ -114,6 +115,7 @@ LLAMA3 = {
             DataConfig(path="a folder/with 'quotes' \"of\" all\\kinds", seed=-1),
             OptimConfig(lr=1e-7, max_norm=float("inf"), schedule="wsd", decay_steps=3, eps=1e-20),
             TrainConfig(sample="tab\t line\n ünï 🚀 \x7f \x00", compile="off"),
+            ParallelConfig(zero=3, shard_within=8, offload="optimizer"),
             CheckpointConfig(export=False, resume=False),
             run_dir="runs/é",
         ),
@@ -129,7 +131,7 @@ def test_toml_round_trip(cfg, tmp_path):
 
 def test_every_setting_has_a_sentence_a_type_and_a_default():
     """The sentence is the string below the field; --help is made of them."""
-    for section in (DataConfig, OptimConfig, TrainConfig, CheckpointConfig, DecoderConfig):
+    for section in (DataConfig, OptimConfig, TrainConfig, ParallelConfig, CheckpointConfig, DecoderConfig):
         body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0].body
         for field, below in zip(body, [*body[1:], None], strict=True):
             if isinstance(field, ast.AnnAssign):

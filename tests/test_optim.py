@@ -15,8 +15,8 @@ from minitrain.models import build_model, init_weights
 from minitrain.models.llama import LlamaConfig
 from minitrain.models.qwen3 import Qwen3Config
 from minitrain.models.qwen3_moe import Qwen3MoeConfig
-from minitrain.optim import adamw, lr_at
-from minitrain.parallel.zero import ShardedOptimizer
+from minitrain.optim import adamw, lr_at, muon, orthogonalize
+from minitrain.parallel.zero import MasterOptimizer
 from minitrain.train import forward_backward
 
 
@@ -69,7 +69,7 @@ def equal(a, b):
 def test_adamw_is_the_update_in_the_paper_and_decays_matrices_only():
     cfg = OptimConfig(lr=0.01, beta1=0.8, beta2=0.9, eps=1e-3, weight_decay=0.5)
     model = small_model()
-    opt = ShardedOptimizer(model, adamw(cfg))
+    opt = MasterOptimizer(model, adamw(cfg))
     expected = {name: p.detach().double() for name, p in model.named_parameters()}
     m, v = ({name: torch.zeros_like(p) for name, p in expected.items()} for _ in range(2))
     for step in range(1, 6):
@@ -95,6 +95,53 @@ def test_decay_is_for_what_has_more_than_one_dimension():
     assert decayed["weight_decay"] == 0.1 and [tuple(p.shape) for p in decayed["params"]] == [(4, 6), (3, 4, 6)]
     assert free["weight_decay"] == 0.0 and [tuple(p.shape) for p in free["params"]] == [(4,), (1,)]
     assert len(adamw(OptimConfig())([nn.Parameter(torch.zeros(3))]).param_groups) == 1
+
+
+# ---- Muon
+
+
+def test_orthogonalize_brings_singular_values_near_one_and_keeps_directions():
+    for shape in ((40, 24), (24, 40), (3, 16, 16)):
+        g = torch.randn(shape, dtype=torch.float64)
+        u, s, v = torch.linalg.svd(g, full_matrices=False)
+        o = orthogonalize(g)
+        values = u.mT @ o @ v.mT  # diagonal where o has g's directions
+        assert (values - torch.diag_embed(values.diagonal(dim1=-2, dim2=-1))).abs().max() < 1e-6
+        large = s > 0.05 * s.amax(-1, keepdim=True)  # five steps do not reach the smallest
+        assert values.diagonal(dim1=-2, dim2=-1)[large].min() > 0.6 and values.max() < 1.3
+
+
+def test_muon_is_its_update_on_hidden_matrices_and_adamw_elsewhere():
+    cfg = OptimConfig(lr=0.01, beta1=0.8, beta2=0.9, eps=1e-3, weight_decay=0.5)
+    hidden, experts, table, vector = (nn.Parameter(torch.randn(s)) for s in ((6, 4), (2, 4, 6), (11, 4), (5,)))
+    params = [hidden, experts, table, vector]
+    twins = [nn.Parameter(p.detach().clone()) for p in (table, vector)]
+    optimizer, plain = muon(cfg, vocab_size=11)(params), adamw(cfg)(twins)
+    matrices = {p: (p.detach().clone(), torch.zeros_like(p)) for p in (hidden, experts)}
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        for twin, p in zip(twins, params[2:], strict=True):
+            twin.grad = p.grad.clone()
+        for p, (expected, momentum) in matrices.items():
+            momentum.mul_(0.95).add_(0.05 * p.grad)
+            ahead = 0.05 * p.grad + 0.95 * momentum
+            each = ahead if p.ndim == 3 else ahead[None]
+            update = torch.stack([orthogonalize(g) for g in each]).view_as(p)
+            expected -= cfg.lr * (cfg.weight_decay * expected + 0.2 * max(p.shape[-2:]) ** 0.5 * update)
+        optimizer.step()
+        plain.step()
+    for p, (expected, _) in matrices.items():
+        torch.testing.assert_close(p.detach(), expected)
+    for twin, p in zip(twins, params[2:], strict=True):
+        torch.testing.assert_close(p, twin)
+
+
+def test_muon_leaves_what_has_no_gradient():
+    p, q = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
+    p.grad = torch.eye(3)
+    muon(OptimConfig(lr=0.1), vocab_size=11)([p, q]).step()
+    assert (q == 1).all() and not (p == 1).any()
 
 
 # ---- the learning rate
@@ -141,7 +188,7 @@ def test_a_run_of_one_step_has_a_rate():
 def test_clipping_is_the_same_as_gradients_that_much_smaller(make_optimizer):
     model = small_model()
     twin = copy.deepcopy(model)
-    opt, plain = ShardedOptimizer(model, make_optimizer), make_optimizer(list(twin.parameters()))
+    opt, plain = MasterOptimizer(model, make_optimizer), make_optimizer(list(twin.parameters()))
     for _ in range(3):
         give_gradients(model, 10)
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
@@ -163,7 +210,7 @@ def test_clipping_is_the_same_as_gradients_that_much_smaller(make_optimizer):
 def test_gradients_are_scaled_down_to_max_norm_and_never_up(max_norm, scale):
     model = nn.Linear(2, 1, bias=False)
     before = model.weight.detach().clone()
-    opt = ShardedOptimizer(model, torch.optim.SGD)
+    opt = MasterOptimizer(model, torch.optim.SGD)
     gradient = torch.tensor([[3.0, 4.0]])
     (model.weight * gradient).sum().backward()
     assert opt.clip_grad_norm(max_norm) == 5.0
@@ -176,7 +223,7 @@ def test_gradients_are_scaled_down_to_max_norm_and_never_up(max_norm, scale):
 
 def test_a_bf16_model_has_fp32_masters_and_gradients():
     model = small_model(torch.bfloat16)
-    opt = ShardedOptimizer(model, adamw(OptimConfig()))
+    opt = MasterOptimizer(model, adamw(OptimConfig()))
     assert {m.dtype for m in opt.masters.values()} == {torch.float32}
     total = {}
     for _ in range(3):  # rows of a step
@@ -194,7 +241,7 @@ def test_a_bf16_model_has_fp32_masters_and_gradients():
 
 def test_an_fp32_model_is_its_own_master():
     model = small_model()
-    opt = ShardedOptimizer(model, adamw(OptimConfig()))
+    opt = MasterOptimizer(model, adamw(OptimConfig()))
     assert all(opt.masters[name] is p for name, p in model.named_parameters())
     give_gradients(model)
     opt.clip_grad_norm(1.0)
@@ -204,7 +251,7 @@ def test_an_fp32_model_is_its_own_master():
 
 def test_gradients_of_many_rows_are_not_lost_in_bf16():
     model = nn.Linear(1, 1, bias=False).bfloat16()
-    opt = ShardedOptimizer(model, torch.optim.SGD)
+    opt = MasterOptimizer(model, torch.optim.SGD)
     for _ in range(1000):  # a bf16 sum of ones stops at 256
         model.weight.sum().backward()
     assert opt.masters["weight"].grad == 1000
@@ -213,7 +260,7 @@ def test_gradients_of_many_rows_are_not_lost_in_bf16():
 def test_updates_too_small_for_bf16_add_up_in_the_master():
     model = nn.Linear(1, 1, bias=False).bfloat16()
     nn.init.ones_(model.weight)
-    opt = ShardedOptimizer(model, torch.optim.SGD)
+    opt = MasterOptimizer(model, torch.optim.SGD)
     for _ in range(100):
         model.weight.sum().backward()
         opt.clip_grad_norm(0)
@@ -225,7 +272,7 @@ def test_updates_too_small_for_bf16_add_up_in_the_master():
 
 def test_a_tied_weight_has_one_master_with_the_gradient_of_both_uses():
     model = tiny(Qwen3Config, tie_word_embeddings=True).bfloat16()
-    opt = ShardedOptimizer(model, adamw(OptimConfig()))
+    opt = MasterOptimizer(model, adamw(OptimConfig()))
     assert "lm_head.weight" not in opt.masters
     forward_backward(model, rows([[5, 9]]), cross_entropy, 0.1)
     assert all(p.grad is None for p in model.parameters())
@@ -244,7 +291,7 @@ def test_a_tied_weight_has_one_master_with_the_gradient_of_both_uses():
 @optimizers
 def test_a_bad_gradient_leaves_the_weights_bitwise_in_this_step_and_all_that_follow(make_optimizer, dtype, bad):
     model = small_model(dtype)
-    opt = ShardedOptimizer(model, make_optimizer)
+    opt = MasterOptimizer(model, make_optimizer)
 
     def step(gradient=None):
         give_gradients(model)
@@ -384,7 +431,7 @@ def test_extras_are_scaled_and_summed_as_the_loss_is():
 @pytest.mark.gpu
 def test_clipping_and_the_step_never_wait_for_the_gpu():
     model = small_model(torch.bfloat16, "cuda")
-    opt = ShardedOptimizer(model, adamw(OptimConfig()))
+    opt = MasterOptimizer(model, adamw(OptimConfig()))
     for mode in ("default", "error"):  # the first step makes the state
         give_gradients(model)
         torch.cuda.set_sync_debug_mode(mode)
@@ -399,7 +446,7 @@ def test_clipping_and_the_step_never_wait_for_the_gpu():
 @optimizers
 def test_on_the_gpu_a_bad_gradient_leaves_the_weights_bitwise_as_they_were(make_optimizer):
     model = small_model(torch.bfloat16, "cuda")
-    opt = ShardedOptimizer(model, make_optimizer)
+    opt = MasterOptimizer(model, make_optimizer)
     for factor in (1.0, torch.nan, 1.0):
         before = weights(model)
         give_gradients(model, factor)

@@ -3,6 +3,7 @@
 import importlib
 import math
 import zlib
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -39,9 +40,10 @@ def build_model(cfg, device: torch.device | str = "meta") -> nn.Module:
         return model_class(cfg.type)(cfg)
 
 
-def materialize(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
+def materialize(model: nn.Module, device: torch.device | str, dtype: torch.dtype, with_memory: bool = True) -> None:
     """Replace what is on meta by uninitialised parameters on `device`, counters by zeros; ties stay ties.
 
+    with_memory False: the parameters have their shapes, and storages of no bytes (for ZeRO 3, which cuts them first).
     UserError for any other buffer on meta, whose values nobody knows.
     """
     made = {}
@@ -50,6 +52,8 @@ def materialize(model: nn.Module, device: torch.device | str, dtype: torch.dtype
             if p is not None and p.is_meta:
                 if p not in made:
                     made[p] = nn.Parameter(torch.empty_like(p, device=device, dtype=dtype), p.requires_grad)
+                    if not with_memory:
+                        made[p].untyped_storage().resize_(0)
                 module._parameters[name] = made[p]
         for name, b in module._buffers.items():
             if b is not None and b.is_meta:
@@ -62,16 +66,19 @@ _OWN_VALUES = "build the model on a device, give it its first weights yourself, 
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, seed: int) -> None:
+def init_weights(model: nn.Module, seed: int, names: Collection[str] | None = None) -> None:
     """Random weights that depend on (seed, parameter name) alone: the same network under every layout.
 
     Norm weights 1, biases 0, all else normal: initializer_range, divided by sqrt(2 * layers) where the result is
     added to the residual stream (o_proj, down_proj), so that its variance does not grow with depth (GPT-2).
     Stacked experts draw one seed each. Drawn in fp32 on the parameter's device, so CPU and GPU differ.
+    names: of these parameters only.
     """
     std = model.config.initializer_range
     owners = dict(model.named_modules())
     for name, p in model.named_parameters():
+        if names is not None and name not in names:
+            continue
         owner, _, attribute = name.rpartition(".")
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             name = "embed_tokens.weight"  # a pipeline's last part has the tied matrix without the embedding

@@ -1,19 +1,54 @@
-"""The optimizer's side of data parallelism: fp32 master weights, fp32 gradients, one global norm.
+"""The optimizer's side of data parallelism: fp32 master weights, fp32 gradients, one global norm, shared by ranks.
 
     model parameter (bf16)  --gradient of each row, added in fp32-->  master.grad
     master (fp32, what the optimizer sees)  --after its step, rounded-->  model parameter
 
-Where the model is fp32, its parameters are their own masters. Today all of it stays on one rank; this is where the
-shards of ZeRO will be cut.
+One process has all of it (MasterOptimizer); where its model is fp32, parameters are their own masters. Several ranks
+have flat tensors, one for each block (ddp.py), cut into a shard for each rank (ShardedOptimizer):
+
+    parallel.zero     0        1        2        3
+    masters, state    whole    shard    shard    shard
+    gradients         whole    whole    shard    shard
+    weights           whole    whole    whole    shard, gathered block by block (gather.py)
+
+Rajbhandari et al. 2019, arXiv:1910.02054. An optimizer is handed the pieces of parameters that lie in this rank's
+shards or, if it says shard = "param", whole parameters of which this rank is the owner (owners.py).
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Collection
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from minitrain.config import ParallelConfig, UserError
+from minitrain.parallel.comm import all_gather, shard_of, sum_equal
+from minitrain.parallel.ddp import Gradients, Unit, make_units
+from minitrain.parallel.gather import GatheredWeights
+from minitrain.parallel.mesh import Mesh
+from minitrain.parallel.offload import HostState
+from minitrain.parallel.owners import Owners
+from minitrain.storage import Later
 
-class ShardedOptimizer:
+
+def shard_optimizer(
+    model: nn.Module,
+    make: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    mesh: Mesh,
+    cfg: ParallelConfig,
+    fill: Callable[[Collection[str]], None] | None = None,
+) -> "MasterOptimizer":
+    """One process that offloads nothing has the plain form, and all others the sharded one.
+
+    fill: gives parameters of these names their values, where they have no memory before they are cut.
+    """
+    if mesh.dp_size == 1 and not cfg.offload:
+        return MasterOptimizer(model, make)
+    return ShardedOptimizer(model, make, mesh, cfg, fill)
+
+
+class MasterOptimizer:
     """Any torch.optim.Optimizer over the master weights of a model: make(list of fp32 Parameters) -> the optimizer.
 
     masters: {parameter's name: its master}. Nothing here waits for the device, if the optimizer knows torch's
@@ -33,6 +68,8 @@ class ShardedOptimizer:
             if self.masters[name] is not p
         ]
 
+    backward = staticmethod(contextlib.nullcontext)  # a context for the backward of each row, which needs none here
+
     def close(self) -> None:
         """Let go of the model: its gradients stay its own again."""
         for hook in self.hooks:
@@ -43,8 +80,7 @@ class ShardedOptimizer:
 
         loss: what else must be a number for the step to be taken.
         """
-        norms = torch._foreach_norm(self._grads())
-        norm = torch.linalg.vector_norm(torch.stack(norms))
+        norm = self._grad_norm()
         self.grad_scale = (norm / max_norm).clamp(min=1) if max_norm else torch.ones_like(norm)
         broken = (~(norm + loss).isfinite()).float()
         self.broken = broken if self.broken is None else torch.maximum(self.broken, broken)
@@ -55,15 +91,23 @@ class ShardedOptimizer:
         """After clip_grad_norm: one step at this learning rate, new weights to the model, gradients gone."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self._step_masters()
+        self.write_weights()
+
+    def _step_masters(self) -> None:
+        """Of those that have a gradient; these go."""
         if getattr(self.optimizer, "_step_supports_amp_scaling", False):
             self.optimizer.grad_scale, self.optimizer.found_inf = self.grad_scale, self.broken
             self.optimizer.step()
         elif not self.broken.item():
-            torch._foreach_div_(self._grads(), self.grad_scale)
+            if grads := self._grads():
+                torch._foreach_div_(grads, self.grad_scale)
             self.optimizer.step()
-        self.write_weights()
         for master in self.masters.values():
             master.grad = None
+
+    def _grad_norm(self) -> Tensor:
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self._grads())))
 
     def _grads(self) -> list[Tensor]:
         return [m.grad for m in self.masters.values() if m.grad is not None]
@@ -75,7 +119,18 @@ class ShardedOptimizer:
         if pairs:
             torch._foreach_copy_(*zip(*pairs, strict=True))
 
-    def state(self) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Tensor | Later]:
+        """The masters, in whole, by parameter name."""
+        return self.masters
+
+    @torch.no_grad()
+    def load_weights(self, read: Callable[[str], Tensor]) -> None:
+        """read: name -> the whole master."""
+        for name, master in self.masters.items():
+            master.copy_(read(name))
+        self.write_weights()
+
+    def state(self) -> dict[str, Tensor | Later]:
         """The optimizer's tensors by "name.key", such as "norm.weight.exp_avg". ValueError if it keeps others."""
         names = {master: name for name, master in self.masters.items()}
         tensors = {}
@@ -99,8 +154,245 @@ class ShardedOptimizer:
             self.optimizer.state[master][key] = value.to(on, copy=True)
 
 
+class ShardedOptimizer(MasterOptimizer):
+    """The same over several ranks, as parallel.zero says; every method is called by all of them together.
+
+    masters: of the pieces in this rank's shard, or of the parameters that it owns. A piece keeps its parameter's number
+    of dimensions, (1, .., 1, n), so that a rule such as "matrices decay" still holds. Frozen parameters have none.
+    One process can be asked for it too, for parallel.offload.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, make: Callable, mesh: Mesh, cfg: ParallelConfig, fill: Callable | None):
+        if any(hasattr(p, "unit") for p in model.parameters()):
+            raise UserError("the weights of this model are shared out by an earlier run with parallel.zero=3")
+        self.mesh, self.group = mesh, mesh.group("shard")
+        self.params = dict(model.named_parameters())
+        self.units = make_units(model, self.group.size)
+        self.unit_of = {name: key for key, unit in self.units.items() for name in unit.params}
+        wants_whole = getattr(make, "shard", "piece") == "param" and self.group.size > 1
+        self.owners = Owners(self.units, self.group) if wants_whole else None
+        gathers = cfg.zero == 3 and self.group.size > 1
+        self.flats, self.shards = {}, {}  # what the model computes with, and this rank's part of it
+        self.masters = {}
+        for key, unit in self.units.items():
+            flat = _flatten(unit, fill)
+            self.masters |= self._make_masters(unit, on_host=cfg.offload == "optimizer" and flat.is_cuda)
+            self.flats[key], self.shards[key] = flat, shard_of(flat, self.group)
+            if gathers:  # one unit is whole at a time
+                self.shards[key] = self.shards[key].clone()
+                flat.untyped_storage().resize_(0)
+        if fill:
+            _fill_frozen({name: p for name, p in self.params.items() if name not in self.unit_of}, fill)
+        # An empty one where a rank has none at all, since torch's optimizers refuse an empty list.
+        self.optimizer = make(list(self.masters.values()) or [nn.Parameter(torch.zeros(0, device=mesh.device))])
+        if self.group.size > 1:
+            _check_shard(self.optimizer, make)
+        self.host = HostState(self.optimizer, mesh.device) if cfg.offload == "optimizer" else None
+        self.gathered = GatheredWeights(model, self.units, self.flats, self.shards, self.group) if gathers else None
+        self.gradients = Gradients(model, self.units, mesh, cfg.zero, getattr(torch, cfg.reduce_dtype))
+        self.grad_scale = self.broken = None
+
+    def _make_masters(self, unit: Unit, on_host: bool) -> dict[str, nn.Parameter]:
+        masters = {}
+        for name, p in unit.params.items():
+            first, end = self._span(name, self.group.rank)
+            if end > first:
+                shape = [1] * (p.ndim - 1) + [end - first] if end - first < p.numel() else p.shape
+                piece = p.detach().flatten()[first:end].to(_wide(p.dtype), copy=True).view(shape)
+                masters[name] = nn.Parameter(piece.cpu().pin_memory() if on_host else piece)
+        return masters
+
+    def _span(self, name: str, rank: int) -> tuple[int, int]:
+        """First .. last + 1 of a parameter's elements whose master is with a rank of the group."""
+        if self.owners is None:
+            return self.units[self.unit_of[name]].span(name, rank)
+        return (0, self.params[name].numel()) if self.owners.of[name] == rank else (0, 0)
+
+    def backward(self, is_last: bool):
+        """A context for the backward of one row; is_last: of the step."""
+        return self.gradients.backward(is_last)
+
+    def close(self) -> None:
+        """Gradients are the model's own again. Under ZeRO 3 its weights stay shared out: all ranks run it together."""
+        self.gradients.close()
+
+    # ---- one step
+
+    def _grad_norm(self) -> Tensor:
+        self.with_gradient = self.gradients.finish()
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(self.gradients.sums.values()))))
+        return sum_equal(norm.square(), self.group).sqrt()
+
+    def _step_masters(self) -> None:
+        keys = list(self.units)
+        if self.host is None:
+            self._step_units(keys)
+        else:
+            portions = [[self.masters[name] for name in self._names(key)] for key in keys]
+            self.host.step(portions, lambda i: self._step_units(keys[i : i + 1]))
+        self.gradients.clear()
+
+    def _step_units(self, keys: list[str]) -> None:
+        """Masters of these units, and from them this rank's shards of the weights."""
+        for key in keys:
+            sums = self.gradients.sums[key]
+            grads = self._pieces(key, sums) if self.owners is None else self.owners.collect(key, sums)
+            for name in grads.keys() & self.with_gradient:  # of some rank; what none has stays as it is
+                self.masters[name].grad = grads[name].view_as(self.masters[name])
+        super()._step_masters()
+        self._round(keys)
+
+    def _round(self, keys: list[str]) -> None:
+        """Masters into this rank's shards of the weights."""
+        if self.owners is not None:
+            for key in keys:
+                self.owners.hand_out(key, {name: self.masters[name] for name in self._names(key)}, self.shards[key])
+            return
+        pieces = {name: piece for key in keys for name, piece in self._pieces(key, self.shards[key]).items()}
+        if pieces:
+            torch._foreach_copy_(list(pieces.values()), [self.masters[name].flatten() for name in pieces])
+
+    @torch.no_grad()
+    def write_weights(self) -> None:
+        """This rank's shards into the weights of all."""
+        if self.gathered:
+            self.gathered.free_all()
+        else:
+            for key, flat in self.flats.items():
+                all_gather(flat, self.shards[key], self.group)
+
+    def _names(self, key: str) -> list[str]:
+        return [name for name in self.units[key].params if name in self.masters]
+
+    def _pieces(self, key: str, shard: Tensor) -> dict[str, Tensor]:
+        """What lies of each master in a flat shard of its unit, 1-D."""
+        return {name: self.units[key].piece(shard, name, self.group.rank) for name in self._names(key)}
+
+    # ---- checkpoints: whole tensors, of which every rank sends its piece to rank 0
+
+    def weights(self) -> dict[str, Tensor | Later]:
+        """Masters, read by all ranks together: rank 0 then has the whole one."""
+        if self.host:
+            self.host.wait()
+        later = {}
+        for name, p in self.params.items():
+            later[name] = self._later(name, _wide(p.dtype), p.shape, lambda m: m) if name in self.unit_of else p
+        return later
+
+    @torch.no_grad()
+    def load_weights(self, read: Callable[[str], Tensor]) -> None:
+        for name, p in self.params.items():
+            if name not in self.unit_of:
+                p.copy_(read(name))
+            elif name in self.masters:
+                self.masters[name].copy_(self._cut(name, read(name)))
+        self._round(list(self.units))
+        self.write_weights()
+
+    def state(self) -> dict[str, Tensor | Later]:
+        """As weights(). A scalar, such as a count of steps, is the same on all ranks that have one."""
+        if self.host:
+            self.host.wait()
+        mine = {}
+        for full_name, value in super().state().items():
+            name, _, _ = full_name.rpartition(".")
+            if value.ndim and self._is_cut and value.numel() != self.masters[name].numel():
+                raise ValueError(
+                    f"{type(self.optimizer).__name__} keeps {full_name} of shape {tuple(value.shape)} for a piece of "
+                    f'shape {tuple(self.masters[name].shape)}; a class that needs whole matrices says shard = "param"'
+                )
+            shape = self.params[name].shape if value.ndim and self._is_cut else value.shape
+            mine[full_name] = (value.dtype, shape, None if value.ndim else value.item())
+        of_ranks = [mine]
+        if self.mesh.size > 1:
+            of_ranks = [None] * self.mesh.size
+            dist.all_gather_object(of_ranks, mine)
+        tensors = {}
+        for full_name, (dtype, shape, scalar) in sorted({k: v for of in of_ranks for k, v in of.items()}.items()):
+            name, _, key = full_name.rpartition(".")
+            later = self._later(name, dtype, shape, lambda m, key=key: self.optimizer.state[m][key])
+            tensors[full_name] = later if scalar is None else torch.tensor(scalar, dtype=dtype)
+        return tensors
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of state(). ValueError for a tensor whose parameter does not exist."""
+        for full_name in tensors:
+            if full_name.rpartition(".")[0] not in self.params:
+                raise ValueError(f"optimizer state for {full_name}, which the model has not")
+        mine = {k: v for k, v in tensors.items() if k.rpartition(".")[0] in self.masters}
+        super().load_state({k: self._cut(k.rpartition(".")[0], v) if v.ndim else v for k, v in mine.items()})
+        if self.host:
+            self.host.place()
+
+    @property
+    def _is_cut(self):
+        return self.owners is None and self.group.size > 1
+
+    def _cut(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's piece of a whole tensor, in the shape of the master."""
+        first, end = self._span(name, self.group.rank)
+        return whole.flatten()[first:end].view_as(self.masters[name]) if self._is_cut else whole
+
+    def _later(self, name: str, dtype: torch.dtype, shape: torch.Size, of: Callable) -> Later:
+        """of(master) of all pieces, put together on rank 0; on the others nothing. Other replicas are not asked."""
+
+        def read():
+            mine = of(self.masters[name]).detach().flatten() if name in self.masters else torch.empty(0)
+            if self.group.size == 1 or self.mesh.group("replica").rank > 0:
+                return mine.view(shape) if self.group.size == 1 else torch.empty(0)
+            handle = self.group.handle
+            like = torch.empty(0, dtype=dtype, device="cpu" if self.host else self.mesh.device)
+            if self.group.rank > 0:
+                if name in self.masters:
+                    dist.send(mine, dist.get_global_rank(handle, 0), handle)
+                return torch.empty(0)
+            pieces = [mine] if name in self.masters else []
+            for rank in range(1, self.group.size):
+                first, end = self._span(name, rank)
+                if end > first:
+                    pieces.append(like.new_empty(end - first if self._is_cut else shape.numel()))
+                    dist.recv(pieces[-1], dist.get_global_rank(handle, rank), handle)
+            return torch.cat(pieces).view(shape)
+
+        return Later(dtype, shape, read)
+
+
+def _flatten(unit: Unit, fill: Callable | None) -> Tensor:
+    """One flat tensor with a unit's parameters, which are views of it from here on."""
+    p = next(iter(unit.params.values()))
+    flat = torch.zeros(unit.numel, dtype=p.dtype, device=p.device)
+    for name, p in unit.params.items():
+        view = unit.view(flat, name)
+        p.data = view if fill else view.copy_(p)
+    if fill:
+        fill(unit.params.keys())
+    return flat
+
+
+def _fill_frozen(params: dict[str, nn.Parameter], fill: Callable) -> None:
+    """What is in no unit stays whole on every rank."""
+    for p in params.values():
+        p.untyped_storage().resize_(p.numel() * p.element_size())
+    fill(params.keys())
+
+
+def _check_shard(optimizer: torch.optim.Optimizer, make: Callable) -> None:
+    """UserError if the optimizer needs whole matrices and did not get them: its steps would be nonsense."""
+    of_torch = isinstance(optimizer, torch.optim.Muon | torch.optim.Adafactor)
+    if (of_torch or getattr(optimizer, "shard", "") == "param") and getattr(make, "shard", "") != "param":
+        raise UserError(
+            f'{type(optimizer).__name__} needs whole matrices: say so on what makes it, as make.shard = "param"'
+        )
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Of masters and gradients: float32 for what is narrower."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def _master(p: nn.Parameter) -> nn.Parameter:
-    return p if p.dtype == torch.float32 or not p.requires_grad else nn.Parameter(p.detach().float())
+    return p if p.dtype == _wide(p.dtype) or not p.requires_grad else nn.Parameter(p.detach().to(_wide(p.dtype)))
 
 
 def _grad_mover(master: nn.Parameter) -> Callable[[Tensor], None]:

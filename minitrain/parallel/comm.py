@@ -1,0 +1,98 @@
+"""The collectives that everything here uses, over a group of ranks, and the stream beside the computation.
+
+A group of one communicates nothing, so callers need not ask. Flat tensors are cut into `group.size` equal shards; this
+rank's is shard number `group.rank`.
+"""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.13 renamed them; both names do the same.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some ranks, and the place of this one among them. handle: None for a group of one."""
+
+    rank: int = 0
+    size: int = 1
+    handle: dist.ProcessGroup | None = None
+
+
+def shard_of(flat: Tensor, group: Group) -> Tensor:
+    """This rank's shard, a view."""
+    return flat.chunk(group.size)[group.rank]
+
+
+def all_reduce(flat: Tensor, group: Group) -> None:
+    """Sum over the ranks, in place."""
+    if group.size > 1:
+        dist.all_reduce(flat, group=group.handle)
+
+
+def reduce_scatter(flat: Tensor, group: Group) -> Tensor:
+    """This rank's shard of the sum over the ranks, in place: a view of flat, whose other shards hold nothing of use."""
+    shard = shard_of(flat, group)
+    if group.size > 1:
+        _reduce_scatter(shard, flat, group=group.handle)
+    return shard
+
+
+def all_gather(flat: Tensor, shard: Tensor, group: Group) -> None:
+    """Fill flat with the shards of all ranks; shard may be this rank's part of it."""
+    if group.size > 1:
+        _all_gather(flat, shard, group=group.handle)
+    elif flat.data_ptr() != shard.data_ptr():
+        flat.copy_(shard)
+
+
+def all_to_all(pieces: list[Tensor], sizes: list[int], group: Group) -> list[Tensor]:
+    """pieces[i] goes to rank i, all 1-D. -> what each rank sent here; sizes: their numbers of elements."""
+    out = pieces[0].new_empty(sum(sizes))
+    dist.all_to_all_single(out, torch.cat(pieces), sizes, [len(p) for p in pieces], group=group.handle)
+    return list(out.split(sizes))
+
+
+def sum_equal(values: Tensor, group: Group) -> Tensor:
+    """Sum over the ranks, added in their order: the same bits on every rank, whatever the algorithm of a reduction."""
+    if group.size == 1:
+        return values
+    rows = values.new_empty(group.size, *values.shape)
+    _all_gather(rows.view(-1), values.reshape(-1), group=group.handle)
+    return rows.sum(0)
+
+
+class Lane:
+    """A stream on which collectives run beside the computation. On a CPU, which has none, they run where they stand."""
+
+    def __init__(self, device: torch.device):
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextlib.contextmanager
+    def beside(self):
+        """What is queued inside runs on this stream, after all that the computation has queued so far."""
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+
+    def mark(self) -> torch.cuda.Event | None:
+        """A point that wait() waits for: what is queued on this stream so far."""
+        return None if self.stream is None else self.stream.record_event()
+
+    def wait(self, mark: torch.cuda.Event | None) -> None:
+        """The computation goes on after the mark; the host does not wait."""
+        if mark is not None:
+            torch.cuda.current_stream().wait_event(mark)
+
+    def join(self) -> None:
+        """The computation goes on after all that this stream has."""
+        self.wait(self.mark())

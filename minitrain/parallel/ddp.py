@@ -1,0 +1,220 @@
+"""Gradients of several ranks: added up in flat fp32 buffers, summed over the ranks while backward still runs.
+
+    unit    the parameters of one block, or of one module outside of the blocks, end to end in a flat tensor
+            [ q_proj.weight | k_proj.weight | ... | padding ], which is cut into equal shards
+    row     forward and backward of one micro-batch; the gradients of a unit are summed over ranks when its block's
+            backward is over: in the last row only, or (ZeRO 2 and 3, which keep a shard of the sum) in every row
+
+Which unit is summed when depends on the model alone, never on which parameters got a gradient: every rank issues the
+same collectives in the same order. Read next: zero.py.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from minitrain.parallel.comm import Lane, all_reduce, reduce_scatter, shard_of
+from minitrain.parallel.mesh import Mesh
+
+_ALIGN = 64  # elements: 128 bytes of bf16, so that kernels see a parameter as they would see one of its own
+
+
+class Unit:
+    """Where parameters lie in a flat tensor of `numel` elements, and in the `ranks` shards that it is cut into."""
+
+    def __init__(self, params: dict[str, nn.Parameter], ranks: int):
+        self.params, self.ranks, self.starts, end = params, ranks, {}, 0
+        for name, p in params.items():
+            self.starts[name] = end
+            end += _round_up(p.numel(), _ALIGN)
+        self.numel = _round_up(end, ranks * _ALIGN)
+        self.shard_numel = self.numel // ranks
+
+    def view(self, flat: Tensor, name: str) -> Tensor:
+        """A parameter in a flat tensor, in its shape."""
+        p = self.params[name]
+        return flat[self.starts[name] :][: p.numel()].view(p.shape)
+
+    def span(self, name: str, rank: int) -> tuple[int, int]:
+        """Of a parameter's elements, those in a rank's shard: first .. last + 1; equal where there are none."""
+        start, numel = rank * self.shard_numel - self.starts[name], self.params[name].numel()
+        return min(max(start, 0), numel), min(max(start + self.shard_numel, 0), numel)
+
+    def numel_of(self, name: str, rank: int) -> int:
+        """How many these are."""
+        first, end = self.span(name, rank)
+        return end - first
+
+    def piece(self, shard: Tensor, name: str, rank: int) -> Tensor:
+        """These elements in that rank's shard, 1-D."""
+        first, end = self.span(name, rank)
+        offset = self.starts[name] + first - rank * self.shard_numel
+        return shard[offset : offset + end - first] if end > first else shard[:0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.params.values())).dtype
+
+
+def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
+    """By the name of their unit."""
+    return {f"layers.{i}": block for i, block in getattr(model, "layers", {}).items()}
+
+
+def on_gradient(x_TD: Tensor, do: Callable[[], None]) -> None:
+    """When backward has made the gradient of x: all that was computed from it is through, its source is not."""
+    if torch.is_grad_enabled() and x_TD.requires_grad:
+        x_TD.register_hook(lambda _: do())
+
+
+def make_units(model: nn.Module, ranks: int) -> dict[str, Unit]:
+    """One for each block and for each other child of the model, by name; frozen parameters are in none."""
+    params: dict[str, dict[str, nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        depth = 2 if name.startswith("layers.") else 1
+        if p.requires_grad:
+            params.setdefault(".".join(name.split(".")[:depth]), {})[name] = p
+    return {key: Unit(of, ranks) for key, of in params.items()}
+
+
+def row_buffers(units: dict[str, Unit]) -> dict[int, int]:
+    """{elements of a unit: tensors of this size for a row's gradients}: one on its way while the next block fills one.
+
+    What is outside of the blocks comes at the ends of backward, and shares one.
+    """
+    blocks = {unit.numel for key, unit in units.items() if key.startswith("layers.")}
+    return {unit.numel: 2 if unit.numel in blocks else 1 for unit in units.values()}
+
+
+class Gradients:
+    """Sums over rows and ranks. sums[unit]: this rank's shard, complete after finish(); the whole under ZeRO 0.
+
+    parameters' own .grad is emptied as soon as it is there, so a bf16 gradient lives for a moment only.
+    """
+
+    def __init__(self, model: nn.Module, units: dict[str, Unit], mesh: Mesh, zero: int, reduce_dtype: torch.dtype):
+        self.units, self.mesh = units, mesh
+        self.shard, self.replica, self.lane = mesh.group("shard"), mesh.group("replica"), Lane(mesh.device)
+        self.keeps_shards = zero >= 2 and self.shard.size > 1
+        self.is_last, self.done, self.got = False, set(), set()  # units summed in this row; names with a gradient
+        dtype = torch.promote_types(next(iter(units.values())).dtype, torch.float32)
+        self.reduce_dtype = reduce_dtype if reduce_dtype == torch.bfloat16 else dtype
+        self.flat = {
+            key: torch.zeros(u.shard_numel if self.keeps_shards else u.numel, dtype=dtype, device=mesh.device)
+            for key, u in units.items()
+        }
+        self.sums = {key: f if self.keeps_shards else shard_of(f, self.shard) for key, f in self.flat.items()}
+        self.into: dict[str, Tensor] = {}  # to which this row's gradients of a unit are added
+        self.pools = {}
+        for numel, count in (row_buffers(units) if self.keeps_shards else {}).items():
+            self.pools[numel] = _Pool(numel, count, self.reduce_dtype, mesh.device, self.lane)
+        self.hooks = [
+            p.register_post_accumulate_grad_hook(functools.partial(self._add, key, name))
+            for key, unit in units.items()
+            for name, p in unit.params.items()
+        ]
+        self._hook_blocks(model)
+
+    def _hook_blocks(self, model):
+        """A block's unit is done when backward reaches its input; what stands behind the blocks, before their last."""
+        children = [name for name, _ in model.named_children()]
+        behind = children[children.index("layers") + 1 :] if "layers" in children else []
+        blocks = blocks_of(model)
+        for key, block in blocks.items():
+            sum_this = functools.partial(self._sum_over_ranks, self._known([key]))
+            self.hooks.append(block.register_forward_pre_hook(lambda _, args, f=sum_this: on_gradient(args[0], f)))
+        for block in list(blocks.values())[-1:]:
+            sum_these = functools.partial(self._sum_over_ranks, self._known(behind))
+            self.hooks.append(block.register_forward_hook(lambda _, _args, y, f=sum_these: on_gradient(y, f)))
+
+    def _known(self, keys):
+        return [key for key in keys if key in self.units]  # frozen ones, and a tied head, have no unit
+
+    @contextlib.contextmanager
+    def backward(self, is_last: bool):
+        """Around the backward of one row; is_last: of the step."""
+        self.is_last = is_last
+        yield
+        self._sum_over_ranks([key for key in self.units if key not in self.done])
+        self.done.clear()
+
+    def _add(self, key: str, name: str, p: nn.Parameter) -> None:
+        """A parameter's gradient is there."""
+        if key in self.done:
+            raise RuntimeError(
+                f"{name} got a gradient after those of {key} were summed over the ranks: it is used by another module, "
+                "or its block runs twice; that works in one process only"
+            )
+        if key not in self.into:
+            unit = self.units[key]
+            self.into[key] = self.pools[unit.numel].take() if self.keeps_shards else self.flat[key]
+        self.units[key].view(self.into[key], name).add_(p.grad)
+        self.got.add(name)
+        p.grad = None
+
+    @torch.no_grad()
+    def _sum_over_ranks(self, keys: list[str]) -> None:
+        for key in keys:
+            self.done.add(key)
+            if self.keeps_shards:
+                pool = self.pools[self.units[key].numel]
+                row = self.into.pop(key) if key in self.into else pool.take()  # other ranks may have gradients here
+                with self.lane.beside():
+                    self.flat[key].add_(reduce_scatter(row, self.shard))
+                    if self.is_last:
+                        self._all_reduce(self.flat[key])
+                pool.give_back(row)
+            elif self.is_last:
+                with self.lane.beside():
+                    narrow = self.flat[key].to(self.reduce_dtype)
+                    self.sums[key].copy_(reduce_scatter(narrow, self.shard))
+                    self._all_reduce(self.sums[key])
+
+    def _all_reduce(self, shard: Tensor) -> None:
+        if self.replica.size > 1:
+            narrow = shard.to(self.reduce_dtype)
+            all_reduce(narrow, self.replica)
+            shard.copy_(narrow)
+
+    def finish(self) -> set[str]:
+        """After the step's rows: the sums are complete. -> parameters of which some rank had a gradient."""
+        self.lane.join()
+        names = [name for unit in self.units.values() for name in unit.params]
+        counts = self.mesh.sum_host(torch.tensor([name in self.got for name in names], dtype=torch.int32))
+        self.got.clear()
+        return {name for name, count in zip(names, counts.tolist(), strict=True) if count}
+
+    def clear(self) -> None:
+        torch._foreach_zero_(list(self.flat.values()))
+
+    def close(self) -> None:
+        """Let go of the model."""
+        for hook in self.hooks:
+            hook.remove()
+
+
+class _Pool:
+    """Flat tensors of one size, used in turn; a model that fills more of them at a time gets more."""
+
+    def __init__(self, numel: int, count: int, dtype: torch.dtype, device: torch.device, lane: Lane):
+        self.lane = lane
+        self.make = functools.partial(torch.zeros, numel, dtype=dtype, device=device)
+        self.free = [(self.make(), None) for _ in range(count)]
+
+    def take(self) -> Tensor:
+        """One of zeros, as soon as its last use is over."""
+        buffer, mark = self.free.pop(0) if self.free else (self.make(), None)
+        self.lane.wait(mark)
+        return buffer.zero_()
+
+    def give_back(self, buffer: Tensor) -> None:
+        """Its last use is queued on the lane."""
+        self.free.append((buffer, self.lane.mark()))
+
+
+def _round_up(n: int, unit: int) -> int:
+    return math.ceil(n / unit) * unit

@@ -1,0 +1,137 @@
+"""ZeRO 3: weights that are whole only while their block runs.
+
+    forward      block i runs | i + 1 is on its way            then i's are gone again
+    backward     block i runs | i - 1 is on its way            then i's are gone again
+    elsewhere    the embedding, the norm and the head come with the first forward and stay until the step
+
+A parameter is a view of its unit's flat tensor. What comes and goes is the memory under it: the storage is resized, so
+views that autograd and compiled code keep stay valid, and nothing is compiled again. Who looks at a parameter while its
+memory is gone finds its shape, and NaN.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from minitrain.parallel.comm import Group, Lane, all_gather
+from minitrain.parallel.ddp import Unit, blocks_of, on_gradient
+
+
+class GatheredWeights:
+    """shards[unit]: this rank's weights, for good. flats[unit]: all ranks', while they are there, at first not."""
+
+    def __init__(self, model: nn.Module, units: dict[str, Unit], flats: dict[str, Tensor], shards: dict[str, Tensor],
+                 group: Group):  # fmt: skip
+        self.group, self.lane = group, Lane(next(iter(flats.values())).device)
+        self.flats, self.shards = flats, shards
+        self.marks = {}  # units that are there, or on their way
+        self.shown: str | None = None
+        self.views, self.blanks = {}, {}  # of each unit's parameters: their data while it is there, and while not
+        for key, unit in units.items():
+            blank = torch.full((), torch.nan, dtype=unit.dtype, device=self.flats[key].device)
+            self.views[key] = [(p, p.data) for p in unit.params.values()]
+            self.blanks[key] = [(p, blank.expand(p.shape)) for p in unit.params.values()]
+            _set_data(self.blanks[key])
+            for p in unit.params.values():
+                p.unit = (self, key)
+        self.blocks = [key for key in blocks_of(model) if key in units]
+        self.others = [key for key in units if key not in self.blocks]
+        model.register_forward_pre_hook(self._before_model)
+        for key, block in blocks_of(model).items():
+            if key in units:
+                block.register_forward_pre_hook(functools.partial(self._before_block, self.blocks.index(key)))
+                block.register_forward_hook(functools.partial(self._after_block, self.blocks.index(key)))
+
+    def gather(self, *keys: str) -> None:
+        """Send for what is not there yet."""
+        for key in keys:
+            if key not in self.marks:
+                flat = self.flats[key]
+                with self.lane.beside():  # the memory is of this stream: it is not written before readers are done
+                    flat.untyped_storage().resize_(flat.numel() * flat.element_size())
+                    all_gather(flat, self.shards[key], self.group)
+                _set_data(self.views[key])
+                self.marks[key] = self.lane.mark()
+
+    def use(self, *keys: str) -> None:
+        """From here on the computation finds these weights."""
+        self.gather(*keys)
+        for key in keys:
+            self.lane.wait(self.marks[key])
+
+    def free(self, *keys: str) -> None:
+        for key in keys:
+            if key in self.marks:
+                del self.marks[key]
+                _set_data(self.blanks[key])
+                self.flats[key].untyped_storage().resize_(0)
+
+    def free_all(self) -> None:
+        self.free(*self.flats)
+
+    def show(self, key: str) -> None:
+        """Like use; what was shown before goes."""
+        if self.shown not in (None, key):
+            self.free(self.shown)
+        self.use(key)
+        self.shown = key
+
+    def _before_model(self, *_) -> None:
+        self.gather(*self.others, *self.blocks[:1])
+        self.use(*self.others)
+
+    def _before_block(self, i: int, _module, args) -> None:
+        self.use(self.blocks[i])
+        self.gather(*self.blocks[i + 1 : i + 2])
+        on_gradient(args[0], functools.partial(self._backward_leaves, i))
+
+    def _after_block(self, i: int, _module, _args, y_TD: Tensor) -> None:
+        if i + 1 == len(self.blocks) and y_TD.requires_grad:  # backward begins here
+            on_gradient(y_TD, functools.partial(self._backward_enters, i))
+        else:
+            self.free(self.blocks[i])
+
+    def _backward_enters(self, i: int) -> None:
+        self.use(self.blocks[i])
+        self.gather(*self.blocks[max(i - 1, 0) : i])
+
+    def _backward_leaves(self, i: int) -> None:
+        self.free(self.blocks[i])
+        if i:
+            self._backward_enters(i - 1)
+
+
+def _set_data(pairs: list[tuple[nn.Parameter, Tensor]]) -> None:
+    for p, data in pairs:
+        p.data = data
+
+
+@contextlib.contextmanager
+def whole(module: nn.Module) -> Iterator[None]:
+    """Inside, the module's parameters hold their values under ZeRO 3 too; for all ranks together, between steps.
+
+    with whole(model.norm):
+        print(model.norm.weight)
+    """
+    units = dict.fromkeys(p.unit for p in module.parameters() if hasattr(p, "unit"))  # in the same order on all ranks
+    for weights, key in units:
+        weights.use(key)
+    try:
+        yield
+    finally:
+        for weights, key in units:
+            weights.free(key)
+
+
+def read_whole(p: nn.Parameter) -> nn.Parameter:
+    """The parameter, with its values under ZeRO 3 too; for all ranks together, between steps.
+
+    They are there until a parameter of another unit is read, or the model runs.
+    """
+    if hasattr(p, "unit"):
+        weights, key = p.unit
+        weights.show(key)
+    return p

@@ -1,0 +1,90 @@
+"""How much memory a run takes on each rank, from its config alone: nothing is allocated.
+
+Weights, gradients, states and buffers are counted as the trainer allocates them. Activations are what a compiled block
+keeps for its backward: the input of every matrix product and of attention, once. The CUDA context, NCCL and what the
+allocator loses are not counted.
+"""
+
+from dataclasses import dataclass, fields
+
+from minitrain.config import Config
+from minitrain.loss import piece_rows
+from minitrain.models import build_model
+from minitrain.parallel.ddp import make_units, row_buffers
+
+_WIDE = 4  # bytes of fp32: masters, their gradients, moments
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank."""
+
+    weights: int  # in the compute dtype, as far as they stay
+    gradients: int  # fp32
+    states: int  # master weights and AdamW's two moments
+    activations: int  # of one row
+    loss: int  # logits of a piece, gradients of hidden states and head
+    block: int  # what the backward of one block makes for itself, when the loss is done
+    buffers: int  # gathered weights, gradients on their way
+    gradients_wait: bool  # gradients are there while a row's activations are, too
+
+    @property
+    def peak(self) -> int:
+        row = self.activations + max(self.loss, self.block)
+        row = row + self.gradients if self.gradients_wait else max(row, self.gradients)
+        return self.weights + self.states + self.buffers + row
+
+    def table(self) -> str:
+        """One line, in GiB."""
+        parts = [f.name for f in fields(self) if f.type is int]
+        return ", ".join(f"{name} {getattr(self, name) / 2**30:.2f}" for name in [*parts, "peak"])
+
+
+def predict_memory(cfg: Config, ranks: int = 1) -> Memory:
+    """Of a run on this many GPUs."""
+    parallel, T = cfg.parallel, cfg.data.tokens_per_row
+    width = 4 if cfg.train.dtype == "float32" else 2
+    is_flat = ranks > 1 or bool(parallel.offload)  # zero.ShardedOptimizer, else MasterOptimizer
+    shards = 1 if parallel.zero == 0 else parallel.shard_within or ranks
+    zero = parallel.zero if shards > 1 else 0
+    model = build_model(cfg.model)
+    units = make_units(model, shards)
+    whole = sum(unit.numel for unit in units.values()) if is_flat else sum(p.numel() for p in model.parameters())
+    shard = whole // shards
+    blocks = [unit.numel for key, unit in units.items() if key.startswith("layers.")]
+    gathers = zero == 3
+    states = 3 * shard if is_flat or width < _WIDE else 2 * shard
+    if parallel.offload:  # a unit that comes, one that is stepped, and one that goes
+        sizes = [unit.shard_numel for unit in units.values()]
+        states = 3 * max(sum(sizes[i : i + 3]) for i in range(len(sizes)))
+    block = T * width * _kept_per_token(cfg.model)
+    recomputes = cfg.train.recompute == "full"
+    buffers = width * (whole - sum(blocks) + 2 * max(blocks)) if gathers else 0
+    if zero >= 2:
+        reduced = 2 if parallel.reduce_dtype == "bfloat16" else _WIDE
+        buffers += reduced * sum(numel * count for numel, count in row_buffers(units).items())
+    return Memory(
+        weights=width * (shard if gathers else whole),
+        gradients=_WIDE * (shard if zero >= 2 else whole),
+        states=_WIDE * states,
+        activations=cfg.model.num_hidden_layers * (T * width * cfg.model.hidden_size if recomputes else block),
+        loss=_loss_bytes(cfg.model, T, width),
+        block=2 * block if recomputes else block,
+        buffers=buffers,
+        gradients_wait=is_flat or cfg.data.rows_per_step > ranks,
+    )
+
+
+def _kept_per_token(cfg) -> int:
+    """Elements that a block keeps of a token."""
+    D, C = cfg.hidden_size, cfg.head_dim
+    q, kv = cfg.num_attention_heads * C, cfg.num_key_value_heads * C
+    attention = 2 * D + (q + 2 * kv) + (q + kv) + q  # input and its norm; projections; after RoPE; attention's output
+    if experts := getattr(cfg, "num_experts_per_tok", 0):
+        return attention + 2 * D + experts * (2 * D + 3 * cfg.moe_intermediate_size)  # a copy for each expert
+    return attention + 2 * D + 3 * cfg.intermediate_size  # input and its norm; gate, up and their product
+
+
+def _loss_bytes(cfg, T: int, width: int) -> int:
+    D, V = cfg.hidden_size, cfg.vocab_size
+    return T * D * width + V * D * _WIDE + min(T, piece_rows(V, width)) * V * width
