@@ -39,7 +39,7 @@ def run(argv: list[str]) -> None:
 def finish(cfg: Config, model) -> None:
     """The sample, and the line that sums the run up."""
     if cfg.train.sample:
-        print(sample(cfg.train.sample, model, Path(cfg.data.path)))
+        print(sample(cfg.train.sample, model, Path(cfg.data.tokenizer)))
     run_dir = Path(cfg.run_dir)
     losses = [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     last = losses[-cfg.train.log_every :]

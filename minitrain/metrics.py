@@ -150,6 +150,7 @@ class Log:
         """After `step` steps: loss and extras are means over trained tokens."""
         row = {"step": step, "lr": lr, "trained_tokens": sum(b.num_targets for b in batches)}
         tokens, pairs = sum(len(b.tokens) for b in batches), sum(b.num_pairs for b in batches)
+        row["padding"] = sum(b.num_padding for b in batches) / tokens
         self.waiting.append((row, tokens, pairs, {"loss": loss, "grad_norm": norm, **extras}))
         self.bar.update()
         if step % self.cfg.log_every == 0 or step == self.cfg.steps:

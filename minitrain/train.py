@@ -72,7 +72,7 @@ def train(
                 with log.pause():  # raises if the loss is no number, before anything is saved
                     ckpt.save(step + 1)
     if cfg.checkpoint.export:
-        tokenizer = None if cfg.model.pretrained else cfg.data.path or None  # None: of the folder that it began from
+        tokenizer = None if cfg.model.pretrained else cfg.data.tokenizer or None  # None: of where it began from
         save_pretrained(model, Path(cfg.run_dir) / "export", tokenizer, overwrite=True)
     return model
 
@@ -117,13 +117,11 @@ def set_weights(model: nn.Module, cfg: Config, mesh: Mesh) -> None:
 
 def _check_tokenizer(source: Path, cfg: Config) -> None:
     """UserError if the data's ids mean other tokens than the pretrained model's."""
-    theirs, ours = source / "tokenizer.json", Path(cfg.data.path) / "tokenizer.json"
+    theirs, ours = source / "tokenizer.json", Path(cfg.data.tokenizer) / "tokenizer.json"
     if not (theirs.exists() and ours.exists()) or theirs.read_bytes() == ours.read_bytes():
         return
-    if load_tokenizer(source).get_vocab() != load_tokenizer(cfg.data.path).get_vocab():
-        raise UserError(
-            f"data.path={cfg.data.path}: made with another tokenizer than {theirs}; prepare it with that one"
-        )
+    if load_tokenizer(source).get_vocab() != load_tokenizer(cfg.data.tokenizer).get_vocab():
+        raise UserError(f"{cfg.data.tokenizer}: made with another tokenizer than {theirs}; prepare it with that one")
 
 
 def open_run(cfg: Config) -> Path:

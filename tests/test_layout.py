@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1] / "minitrain"
 # The two columns of floor 3 do not know each other: models, losses and optimizers are plain, parallel/ wraps them.
 FLOORS = [
     {"config", "kernels"},
-    {"fused_attention"},
-    {"storage", "batch", "attention", "parallel.mesh"},
+    {"fused_attention", "storage"},
+    {"shards", "batch", "attention", "parallel.mesh"},
     {
         "left": {"models", "models.layers", "models.llama", "models.qwen3", "models.qwen3_moe",
                  "loss", "optim", "data", "metrics"},
