@@ -17,7 +17,7 @@ FLOORS = [
     {"shards", "batch", "attention", "parallel.mesh"},
     {
         "left": {"models", "models.layers", "models.llama", "models.qwen3", "models.qwen3_moe",
-                 "loss", "optim", "data", "metrics"},
+                 "loss", "optim", "data", "chat", "metrics"},
         "right": {"parallel.zero"},
     },
     {"checkpoint", "hf", "parallel"},
