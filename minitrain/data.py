@@ -11,15 +11,18 @@ So the stream is the same for any number of ranks. In concat the target of a cut
 trained on.
 """
 
+import itertools
 import logging
 import math
 import zlib
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from minitrain.batch import IGNORE, Batch
@@ -58,13 +61,18 @@ class PackedData:
         self.step, self.place = 0, self.stream.state()
         self.thread, self.ahead = ThreadPoolExecutor(1), None
 
-    def _new_stream(self) -> "Stream":
-        return Stream(self.cfg, [s.trained for s in self.trained], [s.weight for s in self.trained])
+    def _new_stream(self, place: dict | None = None) -> "Stream":
+        stream = Stream(self.cfg, [s.trained for s in self.trained], [s.weight for s in self.trained])
+        if place is not None:
+            stream.load_state(place)
+        return stream
 
     def __iter__(self):
         return self
 
     def __next__(self) -> list[Batch]:
+        if self.ahead is None and self.rank == 0:
+            self._show_next()
         rows, self.place = self.ahead.result() if self.ahead else self.make_step()
         self.step += 1
         self.ahead = self.thread.submit(self.make_step)
@@ -94,6 +102,13 @@ class PackedData:
             self.ahead.result()  # the thread and this object share the stream
         self.step, self.place, self.ahead = state["step"], state["place"], None
         self.stream.load_state(self.place)
+
+    def _show_next(self) -> None:
+        """So that a person sees what is trained on."""
+        row = self.make_row(self._new_stream(self.place).next_row(), self.stream.pieces)
+        tokenizer = Tokenizer.from_file(str(Path(self.sources[0].path) / "tokenizer.json"))
+        log.info("step %s begins with these documents; what is learnt is in >> <<\n%s", self.step + 1,
+                 "\n".join(f"    {line}" for line in show(row, tokenizer)))  # fmt: skip
 
     def make_step(self) -> tuple[list[Batch], dict]:
         """This rank's rows of the next step, in host memory, pinned for a GPU, and the place behind them."""
@@ -165,6 +180,22 @@ class PackedData:
             pieces = [pieces for source in self.sources for pieces in (source.trained, source.held_out)]
             units = [length for p in pieces for length in p.length.bincount().nonzero()[:, 0].tolist()]
             self.num_documents = min(documents + documents // 4 + 8, T // math.gcd(T, *units))
+
+
+def show(row: Batch, tokenizer: Tokenizer, documents: int = 3, tokens: int = 150) -> list[str]:
+    """The first of a row's documents as text, special tokens too, with >> << around what is learnt."""
+    lines = []
+    learnt = torch.cat([torch.tensor([False]), row.targets[:-1] != IGNORE])  # by the token before
+    for begin, end in row.cu_seqlens_q.unique()[: documents + 1].unfold(0, 2, 1).tolist():
+        ids, is_learnt = row.tokens[begin:end][:tokens].tolist(), learnt[begin:end][:tokens].tolist()
+        is_learnt[0] = False
+        line = ""
+        for marked, run in itertools.groupby(zip(is_learnt, ids, strict=True), lambda pair: pair[0]):
+            text = tokenizer.decode([token for _, token in run], skip_special_tokens=False)
+            line += f">>{text}<<" if marked else text
+        line += f" ... {end - begin - tokens:,} more tokens" if end - begin > tokens else ""
+        lines.append(line.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t"))
+    return lines
 
 
 class Part(NamedTuple):

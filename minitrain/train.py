@@ -26,6 +26,7 @@ from minitrain.optim import adamw, lr_at
 from minitrain.parallel import compute_dtype, parallelize
 from minitrain.parallel.mesh import Mesh, init_mesh
 from minitrain.parallel.zero import ShardedOptimizer
+from minitrain.validate import validate
 
 
 def train(
@@ -52,6 +53,8 @@ def train(
     loss_fn = loss_fn or load_object(cfg.train.loss)
     model = model or build_model(cfg.model)  # on meta: names and shapes, no bytes
     data = iter(PackedData(cfg.data, mesh, model.config.vocab_size) if data is None else data)
+    if cfg.train.validate_every and not hasattr(data, "held_out_rows"):
+        raise UserError("train.validate_every: data of your own needs held_out_rows(), as PackedData has it")
     set_weights(model, cfg, mesh)
     model = parallelize(model, mesh, cfg.train)
     opt = ShardedOptimizer(model, optimizer or adamw(cfg.optim))
@@ -68,6 +71,9 @@ def train(
             log.step(step + 1, batches, loss, norm, lr, extras)
             if on_step:
                 on_step(step + 1, model, extras)
+            if _is_validated(step + 1, cfg):
+                with log.pause():
+                    log.validation(step + 1, validate(model, data, loss_fn, mesh))
             if ckpt.is_due(step + 1, cfg.train.steps):
                 with log.pause():  # raises if the loss is no number, before anything is saved
                     ckpt.save(step + 1)
@@ -75,6 +81,12 @@ def train(
         tokenizer = None if cfg.model.pretrained else cfg.data.tokenizer or None  # None: of where it began from
         save_pretrained(model, Path(cfg.run_dir) / "export", tokenizer, overwrite=True)
     return model
+
+
+def _is_validated(step: int, cfg: Config) -> bool:
+    """After `step` steps."""
+    every = cfg.train.validate_every
+    return every > 0 and (step % every == 0 or step == cfg.train.steps)
 
 
 def use_deterministic_algorithms() -> None:

@@ -12,10 +12,11 @@ import torch
 from conftest import write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from minitrain.batch import IGNORE, Batch
 from minitrain.config import DataConfig, SourceConfig, UserError
-from minitrain.data import PackedData, Stream
+from minitrain.data import PackedData, Stream, show
 from minitrain.parallel.mesh import Mesh
 from minitrain.storage import open_safetensors, write_json, write_safetensors
 
@@ -379,6 +380,30 @@ def test_only_marked_tokens_are_trained_on_also_behind_a_cut(tmp_path):
         (1, -100), (2, 3), (3, 4), (4, 5), (5, -100), (6, -100), (7, 8), (8, -100), (9, -100), (10, 11), (11, -100),
         (12, 13), (13, -100), (14, -100),
     }  # fmt: skip
+
+
+def test_a_run_shows_what_it_learns(tmp_path, caplog):
+    documents = [[1, 2, 3, 4, 5], [1, 2, 8], list(range(20, 60))]
+    write_corpus(tmp_path, documents, trained={3, 5, *range(21, 60)})
+    caplog.set_level("INFO")
+    data = packed(tmp_path, vocab_size=101, tokens_per_row=48, max_seqlen=48)
+    expected, lines = next(packed(tmp_path, tokens_per_row=48, max_seqlen=48))[0], caplog.messages[-1].splitlines()
+    assert lines[0] == "step 1 begins with these documents; what is learnt is in >> <<"
+    texts = {"1 2>>3<<4>>5<<", "1 2 8", "20>>" + " ".join(map(str, range(21, 60))) + "<<"}
+    assert {line.strip() for line in lines[1:]} == texts
+    assert same(next(data)[0], expected)  # to look changes nothing
+    assert show(expected, Tokenizer.from_file(str(tmp_path / "tokenizer.json")), documents=1, tokens=2)[0].endswith(
+        "more tokens"
+    )
+
+
+def test_a_shown_line_is_one_line():
+    class Words:
+        def decode(self, ids, skip_special_tokens):
+            assert not skip_special_tokens
+            return "".join({1: "a\n", 2: "\\n\t", 3: "<|end|>"}[i] for i in ids)
+
+    assert show(Batch.pack([torch.tensor([1, 2, 3])]), Words()) == [r"a\n>>\\n\t<|end|><<"]
 
 
 # ---- validation

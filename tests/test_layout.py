@@ -21,7 +21,8 @@ FLOORS = [
         "right": {"parallel.zero"},
     },
     {"checkpoint", "hf", "parallel"},
-    {"train", "generate"},
+    {"validate", "generate"},
+    {"train"},
     {"__main__"},
 ]  # fmt: skip
 COLUMNS = 3  # the floor of two columns
