@@ -182,7 +182,7 @@ class PackedData:
             self.num_documents = min(documents + documents // 4 + 8, T // math.gcd(T, *units))
 
 
-def show(row: Batch, tokenizer: Tokenizer, documents: int = 3, tokens: int = 150) -> list[str]:
+def show(row: Batch, tokenizer: Tokenizer, documents: int = 3, tokens: int = 100) -> list[str]:
     """The first of a row's documents as text, special tokens too, with >> << around what is learnt."""
     lines = []
     learnt = torch.cat([torch.tensor([False]), row.targets[:-1] != IGNORE])  # by the token before
