@@ -51,9 +51,7 @@ def check_messages(messages) -> list[dict]:
             raise ConversationError(f"a role that is none of {', '.join(ROLES)}")
         if not isinstance(m.get("content", ""), str) or not isinstance(m.get("reasoning_content", ""), str):
             raise ConversationError("content that is no text")
-        if BEGIN in (text := m.get("content", "") + m.get("reasoning_content", "")) or END in text:
-            raise ConversationError("content with a code point that is no character")
-        if m["role"] == "assistant" and not text and not m.get("tool_calls"):
+        if m["role"] == "assistant" and not any(map(m.get, ("content", "reasoning_content", "tool_calls"))):
             raise ConversationError("an assistant turn without content")
         if m["role"] != "assistant" and "content" not in m:
             raise ConversationError("a message without content")
@@ -91,6 +89,8 @@ class ChatTemplate:
             code = self.sandbox.compile(tree, filename=_NAME)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"{_NAME}, line {error.lineno}: {error.message}") from None
+        except RecursionError:
+            raise UserError(f"{_NAME}: is nested too deeply") from None
         self.template = jinja2.Template.from_code(self.sandbox, code, self.sandbox.globals)
         self.has_marks = any(data.data == BEGIN for data in tree.find_all(nodes.TemplateData))
 
@@ -99,6 +99,8 @@ class ChatTemplate:
 
         ConversationError where the template itself refuses the conversation, or nothing is to be learnt.
         """
+        if any(mark in json.dumps([messages, tools], ensure_ascii=False) for mark in (BEGIN, END)):
+            raise ConversationError("content with a code point that is no character")
         whole = self.render(messages, tools)
         if self.has_marks:
             documents = [_take_marks(whole)]
@@ -165,7 +167,7 @@ def _take_marks(text: str) -> tuple[str, Spans]:
 
 def _line(error: Exception) -> int:
     """Of the template, where the error came from: jinja2 has put its lines into the traceback."""
-    return [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == _NAME][-1]
+    return [0, *(frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == _NAME)][-1]
 
 
 # ---- the sandbox

@@ -210,7 +210,7 @@ class Part(NamedTuple):
 
 
 class Stream:
-    """Rows without their tokens. epochs: how often each source is read; None: for ever."""
+    """Rows without their tokens. It ends when a source has been read so many epochs; None: never."""
 
     def __init__(self, cfg: DataConfig, pieces: list[Pieces], weights: list[float], epochs: int | None = None):
         self.cfg, self.pieces, self.weights, self.epochs = cfg, pieces, weights, epochs

@@ -65,17 +65,16 @@ def open_sources(cfg: DataConfig, vocab_size: int) -> list[Source]:
     """UserError for folders that are absent, unfinished, empty, of two tokenizers or more ids than the model has."""
     if not cfg.all_sources[0].path:
         raise UserError("data.path is not set: give a folder made by tools/prepare_data.py")
-    paths = [source.path for source in cfg.all_sources]
     sources = []
-    for i, (path, source) in enumerate(zip(paths, cfg.all_sources, strict=True)):
-        setting = f"data.sources.{i}.path={path}" if cfg.sources else f"data.path={path}"
-        if path in paths[:i]:
-            raise UserError(f"{setting}: the same folder as data.sources.{paths.index(path)}")
-        tokenizer, shards = _open_shards(Path(path), setting, vocab_size)
+    for i, source in enumerate(cfg.all_sources):
+        setting = f"data.sources.{i}.path={source.path}" if cfg.sources else f"data.path={source.path}"
+        if Path(source.path) in [Path(other.path) for other in sources]:
+            raise UserError(f"{setting}: the same folder as another source's")
+        tokenizer, shards = _open_shards(Path(source.path), setting, vocab_size)
         if sources and tokenizer != sources[0].tokenizer:
             raise UserError(f"{setting}: made with another tokenizer than {sources[0].path}")
         trained, held_out = _split(shards, cfg, source.weight == 0, setting)
-        sources.append(Source(path, source.weight, tokenizer, trained, held_out))
+        sources.append(Source(source.path, source.weight, tokenizer, trained, held_out))
     return sources
 
 
@@ -145,7 +144,7 @@ def _split(shards: list[Shard], cfg: DataConfig, only_validated: bool, setting: 
     trained, held_out = pieces.select(~held), pieces.select(held)
     if not len((held_out if only_validated else trained).length):
         raise UserError(
-            f"{setting}: holds no documents to train on: {documents:,} in all, data.held_out={cfg.held_out}, "
+            f"{setting}: holds no documents to use: {documents:,} in all, data.held_out={cfg.held_out}, "
             f"{num_long:,} longer than data.max_seqlen={cfg.max_seqlen}"
         )
     return trained, held_out

@@ -161,7 +161,6 @@ def test_a_document_may_have_the_tokens_of_special_ones_but_a_mask_ends_with_the
         ([*say("u a"), {"role": "assistant", "content": None}], "an assistant turn without content"),
         (say("u a", "a "), "an assistant turn without content"),
         ([{"role": "user"}, *say("a a")], "a message without content"),
-        (say("u a\ufdd0", "a a"), "a code point that is no character"),
     ],
 )
 def test_a_conversation_that_is_no_good_says_why(messages, complaint):
@@ -173,6 +172,24 @@ def test_null_stands_for_an_absent_key():
     """Tables have every key in every row."""
     message = {"role": "assistant", "content": "a", "tool_calls": None, "reasoning_content": None}
     assert check_messages([message]) == say("a a")
+
+
+@pytest.mark.parametrize("mark", [chat.BEGIN, chat.END])
+def test_a_conversation_cannot_bring_marks_of_its_own(mark):
+    template = ChatTemplate(TEMPLATES["qwen3"])
+    call = {"function": {"name": mark, "arguments": {}}}
+    for messages, tools in (
+        (say(f"u a{mark}", "a b"), None),
+        ([*say("u a"), {"role": "assistant", "tool_calls": [call]}], None),
+        (say("u a", "a b"), [call]),
+    ):
+        with pytest.raises(ConversationError, match="a code point that is no character"):
+            template.documents(messages, tools)
+
+
+def test_a_template_that_is_nested_too_deeply_is_refused():
+    with pytest.raises(UserError, match="nested too deeply"):
+        ChatTemplate("{{ " + "(" * 9999 + "1" + ")" * 9999 + " }}")
 
 
 @pytest.mark.parametrize("marks", [True, False])
@@ -241,13 +258,13 @@ BAD = {
 
 @pytest.mark.parametrize("template", BAD)
 def test_a_template_that_is_no_good_is_refused_with_its_line(monkeypatch, template):
-    monkeypatch.setattr(chat, "LIMIT_SECONDS", 0.3)
+    monkeypatch.setattr(chat, "LIMIT_SECONDS", 0.3 if "takes longer" in BAD[template] else 30)
     monkeypatch.setattr(chat, "LIMIT_CHARACTERS", 10_000_000)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(UserError, match=BAD[template]) as error:
         ChatTemplate(template).render(say("u a"))
     assert "\n" not in str(error.value) and str(error.value).startswith("chat template, line ")
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 5
 
 
 def test_usual_arithmetic_is_allowed():
