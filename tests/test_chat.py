@@ -233,6 +233,7 @@ BAD = {
     "{{ self.__init__ }}": "line 1: access to attribute '__init__'",
     "{{ messages.append(1) }}": "line 1: access to attribute 'append'",
     "\n{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "line 2: takes longer than",
+    "{% set r = range(9999) | list %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}": "takes longer than",
     "{% for i in range(99999) %}{% for j in range(99999) if j < 0 %}{% endfor %}{% endfor %}": "takes longer than",
     "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}": "takes longer than",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "maximum recursion depth",

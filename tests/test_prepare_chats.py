@@ -79,6 +79,7 @@ def test_answers_and_completions_are_marked_with_what_ends_them(tmp_path, option
         "system: brief<|endoftext|>\nuser: a<|endoftext|>\nassistant: [b<|endoftext|>]\nuser: c<|endoftext|>\n"
         "assistant: [d<|endoftext|>]\n",
     ]
+    assert int((shard_of(tmp_path / "out")["tokens"] == 0).sum()) == 8  # the special token, not its letters
     assert report["documents_written"] == 3 and report["trained_tokens"] == int(
         shard_of(tmp_path / "out")["trained"].sum()
     )

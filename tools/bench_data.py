@@ -6,8 +6,8 @@
 load: rows of a mixture of the folders, made and taken as train() takes them. Without a folder, of made-up ones on local
 disk, not in memory at first: 100 million tokens each, in documents of log-normal lengths, means 100, 500 and 2,000.
 prepare: tools/prepare_data.py on a file, and what tokenizers' encode_batch_fast alone takes for the same texts in
-memory on as many threads, in turn; the ratio is of the fastest of each. With one worker by CPU time, which other work on
-the machine changes little; with more by the clock, and with the seconds in which the workers start.
+memory on as many threads, in turn; the ratio is of the fastest of each. With one worker by CPU time, which other work
+on the machine changes little; with more by the clock, and with the seconds in which the workers start.
 """
 
 import argparse

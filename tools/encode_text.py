@@ -74,27 +74,40 @@ class Encoder:
     def __reduce__(self):  # the library pickles a tokenizer without its settings
         return Encoder, (self.files, self.recipe)
 
-    def encode(self, record: Record) -> Encoded:
+    def encode(self, records: list[Record]) -> list[Encoded]:
         """UserError, with the record, for a chat template that is no good."""
+        return [self._encode_chat(record) for record in records] if self.recipe.chat else self._encode_texts(records)
+
+    def _encode_texts(self, records) -> list[Encoded]:
+        """All in one call of the tokenizer, which takes a tenth less time than a call for each."""
+        encoded, texts = [], []
+        for record in records:
+            try:
+                text, num_bytes = text_of(record, self.recipe.text_field)
+            except Skip as reason:
+                encoded.append(Encoded([], [], problem=str(reason)))
+            else:
+                encoded.append(Encoded([], [], num_bytes))
+                texts.append(text)
+        ids = iter(self.tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        for e in encoded:
+            if e.problem:
+                continue
+            if tokens := next(ids).ids:
+                e.documents.append(array(self.typecode, [*self.begin, *tokens, *self.end]))
+            else:
+                e.num_bytes, e.problem = 0, "empty"
+        return encoded
+
+    def _encode_chat(self, record) -> Encoded:
         try:
-            encoded = self._encode_chat(record) if self.recipe.chat else self._encode_text(record)
+            return self._encode_conversation(record)
         except (Skip, ConversationError) as reason:
             return Encoded([], [], problem=str(reason))
         except UserError as error:
             raise UserError(f"{error} (in {record})") from None
-        return encoded
 
-    def _encode_text(self, record) -> Encoded:
-        text, num_bytes = text_of(record, self.recipe.text_field)
-        if not (ids := self._ids(text)):
-            raise Skip("empty")
-        return Encoded([array(self.typecode, [*self.begin, *ids, *self.end])], [], num_bytes)
-
-    def _ids(self, text: str) -> list[int]:
-        # a batch of one takes 2/3 of the time of encode(), which keeps offsets
-        return self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
-
-    def _encode_chat(self, record) -> Encoded:
+    def _encode_conversation(self, record) -> Encoded:
         """messages, by the chat template; or prompt and completion, of which the latter is learnt."""
         row = row_of(record)
         if "messages" in row:
@@ -112,7 +125,9 @@ class Encoder:
             if not completion:
                 raise Skip("empty completion")
             num_bytes = utf8_bytes(prompt) + utf8_bytes(completion)
-            before, after = [*self.begin, *self._ids(prompt)], [*self._ids(completion), *self.end]
+            encodings = self.tokenizer.encode_batch_fast([prompt, completion], add_special_tokens=False)
+            prompt_ids, completion_ids = (encoding.ids for encoding in encodings)
+            before, after = [*self.begin, *prompt_ids], [*completion_ids, *self.end]
             pairs = [(before + after, [False] * len(before) + [True] * len(after))]
         if not all(any(trained[1:]) for _, trained in pairs):  # the first token of a document is no target
             raise Skip("an assistant turn without tokens")

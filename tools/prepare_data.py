@@ -191,7 +191,7 @@ def encode_batches(batches: Iterator[list[Record]], workers: int, encoder: Encod
     """(batch, what Encoder.encode makes of each record), in order; no more than two batches a worker in memory. One
     worker is this process."""
     if workers == 1:
-        yield from ((batch, [encoder.encode(record) for record in batch]) for batch in batches)
+        yield from ((batch, encoder.encode(batch)) for batch in batches)
         return
     context = multiprocessing.get_context("forkserver")  # the threads of a tokenizer do not survive a plain fork
     context.set_forkserver_preload([__name__])  # imports torch once, not once a worker
@@ -223,7 +223,7 @@ def _die_with_parent():  # also a killed one: the pool itself would wait forever
 
 
 def _encode(batch):
-    return [_encoder.encode(record) for record in batch]
+    return _encoder.encode(batch)
 
 
 # ---- the folder
