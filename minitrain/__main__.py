@@ -52,7 +52,8 @@ def run(argv: list[str]) -> None:
 
 def finish(cfg: Config, model) -> None:
     """The sample, and the line that sums the run up."""
-    text = sample(cfg.train.sample, model, Path(cfg.data.path)) if cfg.train.sample else ""  # by all ranks together
+    prompt = cfg.train.sample
+    text = sample(prompt, model, Path(cfg.data.tokenizer)) if prompt else ""  # by all ranks together
     if not mesh.is_first():
         return
     if text:

@@ -11,6 +11,7 @@ import difflib
 import io
 import itertools
 import json
+import math
 import re
 import sys
 import tomllib
@@ -27,24 +28,60 @@ class UserError(ValueError):
 
 
 @dataclass
-class DataConfig:
+class SourceConfig:
     path: str = ""
     """Folder of token shards, made by tools/prepare_data.py."""
+    weight: float = 1.0
+    """Share of the tokens, relative to the weights of the other sources; 0: for validation only."""
+
+
+@dataclass
+class DataConfig:
+    path: str = ""
+    """Folder of token shards, made by tools/prepare_data.py; for several, [[data.sources]] with a path and a weight."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """Several folders, in the place of path."""
     tokens_per_row: int = 8192
     """T: tokens in one packed row; a row is what one forward and backward sees."""
     max_seqlen: int = 4096
-    """Longest document in tokens; longer ones are split. No more than tokens_per_row."""
+    """Longest document in tokens. No more than tokens_per_row."""
+    long_documents: Literal["split", "cut", "drop"] = "split"
+    """Of a document longer than max_seqlen: train on all its parts, on the first one, or on none."""
+    packing: Literal["concat", "best_fit"] = "concat"
+    """concat: documents end to end, cut where a row is full; best_fit: whole documents only, and some padding."""
+    look_ahead: int = 256
+    """With best_fit: documents from which the ones that fill a row best are chosen."""
     rows_per_step: int = 1
     """Rows in one optimizer step, of all ranks; more than one on a rank accumulate their gradients."""
+    held_out: int = 0
+    """Documents of each source that are not trained but validated on."""
     seed: int = 0
     """Seed of the order of documents."""
 
     def __post_init__(self):
+        if self.path and self.sources:
+            raise UserError(f"data.path={self.path} and data.sources: give one of them")
+        for i, source in enumerate(self.sources):
+            if not 0 <= source.weight < math.inf:
+                raise UserError(f"data.sources.{i}.weight={source.weight}: must be a number, at least 0")
+        if self.sources and not any(source.weight for source in self.sources):
+            raise UserError("data.sources: all weights are 0; nothing is left to train on")
         if self.tokens_per_row < 2:
             raise UserError(f"data.tokens_per_row={self.tokens_per_row}: must be at least 2")
         if not 2 <= self.max_seqlen <= self.tokens_per_row:
             raise UserError(f"data.max_seqlen={self.max_seqlen}: must be in 2 .. tokens_per_row={self.tokens_per_row}")
-        _at_least(1, data__rows_per_step=self.rows_per_step)
+        _at_least(1, data__rows_per_step=self.rows_per_step, data__look_ahead=self.look_ahead)
+        _at_least(0, data__held_out=self.held_out)
+
+    @property
+    def all_sources(self) -> list[SourceConfig]:
+        """One path is one source."""
+        return self.sources or [SourceConfig(self.path)]
+
+    @property
+    def tokenizer(self) -> str:
+        """Folder of the tokenizer, which all sources share; empty: there are none."""
+        return self.all_sources[0].path
 
 
 @dataclass
@@ -102,11 +139,14 @@ class TrainConfig:
     """Only algorithms that give the same bits in every run on the same machine; slower."""
     log_every: int = 10
     """Steps between lines on the console."""
+    validate_every: int = 0
+    """Steps between validations, and one after the last step; 0: none. On data.held_out and sources of weight 0."""
     sample: str = ""
     """Text that the trained model goes on with when `python -m minitrain` ends; empty: none."""
 
     def __post_init__(self):
         _at_least(1, train__steps=self.steps, train__log_every=self.log_every)
+        _at_least(0, train__validate_every=self.validate_every)
 
 
 @dataclass
@@ -168,6 +208,11 @@ class Config:
                 f"data.max_seqlen={self.data.max_seqlen} is more than "
                 f"model.max_position_embeddings={self.model.max_position_embeddings}"
             )
+        if self.train.validate_every and not self.data.held_out and all(s.weight for s in self.data.all_sources):
+            raise UserError(
+                f"train.validate_every={self.train.validate_every}: there is nothing to validate on; "
+                "set data.held_out, or give a source the weight 0"
+            )
 
 
 def _at_least(least, **settings):
@@ -208,10 +253,14 @@ def load_config(path: str | Path | None, flags: list[str], model_config: Callabl
         model = model_config(early.get("model.type", ""), early.get("model.pretrained", ""))
     except ValueError as error:
         raise UserError(str(error)) from None
+    numbers = {match[1] for key in settings | given if (match := re.match(r"data\.sources\.(\d+)\.", key))}
+    sources = [SourceConfig() for _ in numbers or given.keys() & {"help"}]  # --help shows one
+    own = {"model": model, "data": DataConfig(sources=sources)}
     schema = dataclasses.make_dataclass(
-        "Config", [("model", type(model), field(default_factory=lambda: model))], bases=(Config,)
+        "Config", [(name, type(v), field(default_factory=lambda v=v: v)) for name, v in own.items()], bases=(Config,)
     )
-    known = _keys(schema)
+    sections = {f.name: f.default_factory() if callable(f.default_factory) else "" for f in fields(schema)}
+    known = [key for name, section in sections.items() for key in _keys(section, name)]
     for key in settings:
         _check_known(key, known, f"{path}: ")
     for key in given.keys() - {"help"}:
@@ -224,7 +273,7 @@ _TRUTH = re.compile(r"(?<==)(true|false)$|^(true|false)$")  # TOML's spelling; t
 
 
 def _read_toml(path) -> dict[str, Any]:
-    """{"section.key": value}; a table inside a section is one value."""
+    """{"section.key": value}, of a list of tables {"section.key.0.key": value}; another table is one value."""
     try:
         with open(path, "rb") as file:
             table = tomllib.load(file)
@@ -235,15 +284,22 @@ def _read_toml(path) -> dict[str, Any]:
     flat = {}
     for section, value in table.items():
         flat |= {f"{section}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {section: value}
+    for name, value in list(flat.items()):
+        if isinstance(value, list) and value and all(isinstance(inner, dict) for inner in value):
+            del flat[name]
+            flat |= {f"{name}.{i}.{key}": v for i, inner in enumerate(value) for key, v in inner.items()}
     return flat
 
 
-def _keys(schema) -> list[str]:
-    keys = []
-    for f in fields(schema):
-        section = f.type if dataclasses.is_dataclass(f.type) else None
-        keys += [f"{f.name}.{inner.name}" for inner in fields(section)] if section else [f.name]
-    return keys
+def _keys(default, name: str) -> list[str]:
+    """Of a setting, or of all that are in a section or in a list of sections."""
+    if dataclasses.is_dataclass(default):
+        inner = {f.name: getattr(default, f.name) for f in fields(default)}
+    elif isinstance(default, list):
+        inner = dict(enumerate(default))
+    else:
+        return [name]
+    return [key for i, value in inner.items() for key in _keys(value, f"{name}.{i}")]
 
 
 def _check_known(key, known, prefix):
@@ -294,11 +350,22 @@ def to_toml(cfg: Config) -> str:
     for f in fields(cfg):
         value = getattr(cfg, f.name)
         if dataclasses.is_dataclass(value):
-            rows = [_toml_row(inner.name, getattr(value, inner.name)) for inner in fields(value)]
-            sections.append("\n".join([f"[{f.name}]", *filter(None, rows)]))
+            sections += _toml_tables(f.name, value)
         else:
             top.append(_toml_row(f.name, value))
     return "\n".join(top) + "\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _toml_tables(name, section, title="[{}]") -> list[str]:
+    """The section, and behind it the lists of sections that are in it."""
+    rows, tables = [], []
+    for f in fields(section):
+        value = getattr(section, f.name)
+        if isinstance(value, list):
+            tables += [table for inner in value for table in _toml_tables(f"{name}.{f.name}", inner, "[[{}]]")]
+        else:
+            rows.append(_toml_row(f.name, value))
+    return ["\n".join([title.format(name), *filter(None, rows)]), *tables]
 
 
 def _toml_row(key, value) -> str | None:

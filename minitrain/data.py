@@ -1,34 +1,43 @@
-"""Token shards -> documents -> packed rows, in an order that is a pure function of (seed, step).
+"""Sources of token shards -> packed rows, in an order that is a pure function of (seed, step).
 
-    shards      tokens + document offsets, memory-mapped           (tools/prepare_data.py writes them)
-    pieces      documents, split where longer than max_seqlen      (start, length, in which shard)
-    an epoch    the pieces in a random order of their own, end to end
-    the stream  epoch 0, epoch 1, ... end to end; row r is its tokens r * T .. (r + 1) * T
+    a source    its pieces (shards.py), epoch after epoch, each epoch in a random order of its own
+    the stream  the next piece comes from the source that is furthest behind its weight, counted in tokens
+    a row       concat: the stream cut every T tokens; the piece that is cut goes on in the next row
+                best_fit: the piece that has waited longest, then always the longest that fits; the rest is padding
+    a step      rows_per_step rows, of which each rank has a block
 
-A row may cut a piece; the rest begins the next row, also across epochs, so no token is dropped or padded. The target of
-a cut document's last token is known and is trained on. Where a run stands in the stream is its step, nothing else.
+Every rank plans the whole stream, for which it needs the lengths of the pieces, and reads the tokens of its own rows.
+So the stream is the same for any number of ranks. In concat the target of a cut piece's last token is known and is
+trained on.
 """
 
+import itertools
+import logging
 import math
 import zlib
+from bisect import bisect_left, insort
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from minitrain.batch import IGNORE, Batch
 from minitrain.config import DataConfig, UserError
 from minitrain.parallel.mesh import Mesh
-from minitrain.storage import open_safetensors, sha256
+from minitrain.shards import Pieces, open_sources
+
+log = logging.getLogger(__name__)
 
 
 class PackedData:
     """An iterator: each next() is one step's rows for this rank, as Batches on the device.
 
     Rows are made one step ahead, in a thread. state() and load_state() are its place in the stream.
-    UserError for a folder that is absent, unfinished, empty, of mixed tokenizers, or of more ids than the model has.
+    UserError for folders that are no good (open_sources) and for rows that cannot be dealt to the ranks.
     """
 
     def __init__(self, cfg: DataConfig, mesh: Mesh, vocab_size: int):
@@ -37,97 +46,123 @@ class PackedData:
             raise UserError(
                 f"data.rows_per_step={cfg.rows_per_step} is not divisible by the {mesh.dp_size} ranks that share them"
             )
-        self.shards = _open_shards(cfg.path, vocab_size)
-        self.pieces = _split(self.shards, cfg.max_seqlen)
-        self.epoch_tokens = int(self.pieces.length.sum())
-        self.epochs: dict[int, tuple[Tensor, Tensor]] = {}
+        self.sources = open_sources(cfg, vocab_size)
+        self.trained = [source for source in self.sources if source.weight]
+        self.stream = self._new_stream()
         self.num_documents = 0  # room in cu_seqlens
-        self.step = 0
+        trial = self._new_stream()
+        self._make_room(max(len(trial.next_row()) for _ in range(256)))
+        self.step, self.place = 0, self.stream.state()
         self.thread, self.ahead = ThreadPoolExecutor(1), None
+
+    def _new_stream(self, place: dict | None = None) -> "Stream":
+        stream = Stream(self.cfg, [s.trained for s in self.trained], [s.weight for s in self.trained])
+        if place is not None:
+            stream.load_state(place)
+        return stream
 
     def __iter__(self):
         return self
 
     def __next__(self) -> list[Batch]:
-        rows = self.ahead.result() if self.ahead else self.make_step(self.step)
+        if self.ahead is None and self.mesh.rank == 0:
+            self._show_next()
+        rows, self.place = self.ahead.result() if self.ahead else self.make_step()
         self.step += 1
-        self.ahead = self.thread.submit(self.make_step, self.step)
+        self.ahead = self.thread.submit(self.make_step)
         return [row.to(self.mesh.device) for row in rows]
 
     def state(self) -> dict:
         return {
             "step": self.step,
-            "tokenizer": self.shards[0].tokenizer,
-            "tokens": self.epoch_tokens,
-            "pieces": len(self.pieces.length),
-            **{name: getattr(self.cfg, name) for name in ("tokens_per_row", "max_seqlen", "rows_per_step", "seed")},
+            "tokenizer": self.sources[0].tokenizer,
+            **{k: v for k, v in vars(self.cfg).items() if k not in ("path", "sources")},  # folders may be moved
+            "sources": [
+                {"pieces": len(s.trained.length), "tokens": int(s.trained.length.sum()), "weight": s.weight}
+                for s in self.trained
+            ],
+            "place": self.place,
         }
 
     def load_state(self, state: dict) -> None:
-        now = self.state() | {"step": state.get("step")}
+        if "place" not in state:
+            raise UserError(
+                "data: the checkpoint is of a version without mixtures, which had another order of documents"
+            )
+        now = self.state() | {name: state.get(name) for name in ("step", "place")}
         if changed := [f"{name} was {state.get(name)}, is {now[name]}" for name in now if state.get(name) != now[name]]:
             raise UserError(f"data: not the corpus and order that this run began with: {', '.join(changed)}")
         if self.ahead:
-            self.ahead.result()  # the thread and this object share the epochs' orders
-        self.step, self.ahead = state["step"], None
+            self.ahead.result()  # the thread and this object share the stream
+        self.step, self.place, self.ahead = state["step"], state["place"], None
+        self.stream.load_state(self.place)
 
-    def make_step(self, step: int) -> list[Batch]:
-        """The rows of a step in host memory, pinned where the device is a GPU."""
-        n, mesh = self.cfg.rows_per_step, self.mesh
-        rows = [self.make_row(r) for r in range(step * n + mesh.dp_rank, (step + 1) * n, mesh.dp_size)]
-        return [row.pin_memory() for row in rows] if self.mesh.device.type == "cuda" else rows
+    def _show_next(self) -> None:
+        """So that a person sees what is trained on."""
+        row = self.make_row(self._new_stream(self.place).next_row(), self.stream.pieces)
+        tokenizer = Tokenizer.from_file(str(Path(self.sources[0].path) / "tokenizer.json"))
+        log.info("step %s begins with these documents; what is learnt is in >> <<\n%s", self.step + 1,
+                 "\n".join(f"    {line}" for line in show(row, tokenizer)))  # fmt: skip
 
-    def make_row(self, r: int) -> Batch:
-        """Row r of the stream."""
-        T = self.cfg.tokens_per_row
-        tokens, targets = torch.empty(T, dtype=torch.int64), torch.empty(T, dtype=torch.int64)
-        starts, at = [], 0
-        while at < T:
-            epoch, place = divmod(r * T + at, self.epoch_tokens)
-            order, ends = self.epoch(epoch)
-            for i in range(int(torch.searchsorted(ends, place, right=True)), len(order)):
-                piece = int(order[i])
-                skip = max(0, place - int(ends[i]) + int(self.pieces.length[piece]))  # what an earlier row has had
-                starts.append(at)
-                at += self._copy(piece, skip, tokens[at:], targets[at:])
-                if at == T:
-                    break
+    def make_step(self) -> tuple[list[Batch], dict]:
+        """This rank's rows of the next step, in host memory, pinned for a GPU, and the place behind them."""
+        before = self.stream.drawn.copy()
+        parts = [self.stream.next_row() for _ in range(self.cfg.rows_per_step)]
+        for source, was, now in zip(self.trained, before, self.stream.drawn, strict=True):
+            if was <= len(source.trained.length) < now:
+                log.info("%s has been read to its end and is read again, in another order", source.path)
+        n, rank = len(parts) // self.mesh.dp_size, self.mesh.dp_rank
+        rows = [self.make_row(p, self.stream.pieces) for p in parts[rank * n : (rank + 1) * n]]
+        return [row.pin_memory() for row in rows] if self.mesh.device.type == "cuda" else rows, self.stream.state()
+
+    def held_out_rows(self) -> dict[str, Iterator[Batch]]:
+        """{source: this rank's rows of all that is validated on}; every rank has equally many, some perhaps empty."""
+        return {s.path: self._held_out_rows(s.held_out) for s in self.sources if len(s.held_out.length)}
+
+    def _held_out_rows(self, pieces: Pieces) -> Iterator[Batch]:
+        stream = Stream(self.cfg, [pieces], [1.0], epochs=1)
+        while (block := [stream.next_row() for _ in range(self.mesh.dp_size)])[0]:
+            yield self.make_row(block[self.mesh.dp_rank], stream.pieces).to(self.mesh.device)
+
+    def make_row(self, parts: list["Part"], tables: list[Pieces]) -> Batch:
+        """The row of these parts; what they leave is padding, in documents of its own that train nothing."""
+        T, max_seqlen = self.cfg.tokens_per_row, self.cfg.max_seqlen
+        ids, trained, ends, successors = bytearray(), bytearray(), [0], []
+        for part in parts:
+            shard = tables[part.source].shards[part.shard]
+            size, end = shard.tokens.element_size(), part.start + part.length
+            ids += shard.token_bytes[size * part.start : size * end]
+            trained += shard.trained_bytes[part.start : end] if shard.trained_bytes else b"\1" * part.length
+            is_trained = not part.is_last and (shard.trained is None or shard.trained[end])
+            successors.append(int(shard.tokens[end]) if is_trained else IGNORE)
+            ends.append(ends[-1] + part.length)
+        at = ends[-1]
+        tokens, targets = torch.zeros(T, dtype=torch.int64), torch.full((T,), IGNORE)
+        if at:
+            tokens[:at] = torch.frombuffer(ids, dtype=shard.tokens.dtype)
+            self._check(tokens, successors, parts, tables)
+            targets[: at - 1] = tokens[1:at].where(torch.frombuffer(trained, dtype=torch.bool)[1:], IGNORE)
+            targets[torch.tensor(ends[1:]) - 1] = torch.tensor(successors)
+        starts = ends[:-1] + list(range(at, T, max_seqlen))
         self._make_room(len(starts))
         cu_seqlens = torch.full((self.num_documents + 1,), T, dtype=torch.int32)
         cu_seqlens[: len(starts)] = torch.tensor(starts)
         start_of = torch.zeros(T, dtype=torch.int64)
         start_of[starts] = torch.tensor(starts)
         positions = torch.arange(T) - start_of.cummax(0).values
-        return Batch(tokens, targets, positions, cu_seqlens, cu_seqlens, self.cfg.max_seqlen)
+        return Batch(tokens, targets, positions, cu_seqlens, cu_seqlens, max_seqlen, num_padding=T - at)
 
-    def _copy(self, piece: int, skip: int, tokens: Tensor, targets: Tensor) -> int:
-        """As many tokens of a piece, from `skip` on, as there is room for, and their successors. -> how many."""
-        shard = self.shards[int(self.pieces.shard[piece])]
-        start, left = int(self.pieces.start[piece]) + skip, int(self.pieces.length[piece]) - skip
-        n = min(left, len(tokens))
-        at_end = n == left and bool(self.pieces.is_last[piece])  # the document's last token has no successor
-        ids = shard.tokens[start : start + n + (not at_end)].long()
-        if int(ids.max()) >= self.vocab_size or int(ids.min()) < 0:
-            raise UserError(f"{shard.path}: token {start} or one soon after it is not in 0 .. {self.vocab_size - 1}")
-        tokens[:n] = ids[:n]
-        targets[: len(ids) - 1] = ids[1:]
-        if at_end:
-            targets[n - 1] = IGNORE
-        return n
-
-    def epoch(self, e: int) -> tuple[Tensor, Tensor]:
-        """The pieces in epoch e's order, and where each ends, in tokens since the epoch began."""
-        if e not in self.epochs:
-            seed = zlib.crc32(f"{self.cfg.seed}.{e}".encode())  # seed + e would make seed 1 a late start of seed 0
-            order = torch.randperm(len(self.pieces.length), generator=torch.Generator().manual_seed(seed))
-            ends = self.pieces.length[order].cumsum(0)
-            T, last = self.cfg.tokens_per_row, self.epoch_tokens - 1
-            starts = torch.arange(-(e * self.epoch_tokens % T), self.epoch_tokens, T)  # of the rows, in this epoch
-            first_piece = torch.searchsorted(ends, starts.clamp(min=0), right=True)
-            last_piece = torch.searchsorted(ends, (starts + T - 1).clamp(max=last), right=True)
-            self._make_room(int((last_piece - first_piece).max()) + 1)
-            self.epochs = {k: v for k, v in self.epochs.items() if k == e - 1} | {e: (order, ends)}
-        return self.epochs[e]
+    def _check(self, tokens: Tensor, successors: list[int], parts: list["Part"], tables: list[Pieces]) -> None:
+        least, most = torch.aminmax(tokens)
+        if least >= 0 and max(int(most), *successors) < self.vocab_size:
+            return
+        for part in parts:
+            shard = tables[part.source].shards[part.shard]
+            ids = shard.tokens[part.start : part.start + part.length + (not part.is_last)].long()
+            if int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size:
+                raise UserError(
+                    f"{shard.path}: token {part.start} or one soon after it is not in 0 .. {self.vocab_size - 1}"
+                )
 
     def _make_room(self, documents: int) -> None:
         """For so many in a row, and some to spare: compiled code is compiled again when cu_seqlens changes its shape.
@@ -136,72 +171,96 @@ class PackedData:
         """
         if documents > self.num_documents:
             T = self.cfg.tokens_per_row
-            unit = math.gcd(T, *self.pieces.length.bincount().nonzero()[:, 0].tolist())
-            self.num_documents = min(documents + documents // 4 + 8, T // unit)
+            pieces = [pieces for source in self.sources for pieces in (source.trained, source.held_out)]
+            units = [length for p in pieces for length in p.length.bincount().nonzero()[:, 0].tolist()]
+            self.num_documents = min(documents + documents // 4 + 8, T // math.gcd(T, *units))
 
 
-# ---- shards and pieces
+def show(row: Batch, tokenizer: Tokenizer, documents: int = 3, tokens: int = 100) -> list[str]:
+    """The first of a row's documents as text, special tokens too, with >> << around what is learnt."""
+    lines = []
+    learnt = torch.cat([torch.tensor([False]), row.targets[:-1] != IGNORE])  # by the token before
+    for begin, end in row.cu_seqlens_q.unique()[: documents + 1].unfold(0, 2, 1).tolist():
+        ids, is_learnt = row.tokens[begin:end][:tokens].tolist(), learnt[begin:end][:tokens].tolist()
+        is_learnt[0] = False
+        line = ""
+        for marked, run in itertools.groupby(zip(is_learnt, ids, strict=True), lambda pair: pair[0]):
+            text = tokenizer.decode([token for _, token in run], skip_special_tokens=False)
+            line += f">>{text}<<" if marked else text
+        line += f" ... {end - begin - tokens:,} more tokens" if end - begin > tokens else ""
+        lines.append(line.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t"))
+    return lines
 
 
-@dataclass
-class Shard:
-    path: Path
-    tokens: Tensor  # (n,) uint16 or int32, mapped from the file
-    document_offsets: Tensor  # (documents + 1,) int64
-    tokenizer: str  # sha256 of its tokenizer.json
+class Part(NamedTuple):
+    """A piece, or as much of it as a row has; sorted by length, then by age."""
+
+    length: int  # tokens
+    number: int  # of the piece in the stream
+    source: int
+    shard: int  # of the source
+    start: int  # first token in the shard
+    is_last: bool  # the document ends with it: its last token has no successor
 
 
-@dataclass
-class Pieces:
-    """A table of the corpus, one row for each document, or part of one longer than max_seqlen."""
+class Stream:
+    """Rows without their tokens. It ends when a source has been read so many epochs; None: never."""
 
-    shard: Tensor  # (P,) index of the shard
-    start: Tensor  # (P,) first token in the shard
-    length: Tensor  # (P,) tokens
-    is_last: Tensor  # (P,) bool: the document ends with it
+    def __init__(self, cfg: DataConfig, pieces: list[Pieces], weights: list[float], epochs: int | None = None):
+        self.cfg, self.pieces, self.weights, self.epochs = cfg, pieces, weights, epochs
+        self.load_state({"pieces": [0] * len(weights), "tokens": [0] * len(weights), "waiting": []})
 
+    def state(self) -> dict:
+        return {"pieces": self.drawn.copy(), "tokens": self.tokens.copy(), "waiting": list(map(list, self.waiting))}
 
-def _open_shards(folder: str, vocab_size: int) -> list[Shard]:
-    if not folder:
-        raise UserError("data.path is not set: give a folder made by tools/prepare_data.py")
-    path = Path(folder)
-    if not path.is_dir():
-        raise UserError(f"data.path={folder}: no such folder; tools/prepare_data.py makes one")
-    if not (path / "report.json").exists():
-        raise UserError(f"data.path={folder}: has no report.json, so its preparation did not finish")
-    if not (path / "tokenizer.json").exists():
-        raise UserError(f"data.path={folder}: has no tokenizer.json")
-    tokenizer = sha256(path / "tokenizer.json")
-    shards = []
-    for file in sorted(path.glob("*.safetensors")):
-        reader = open_safetensors(file)
-        metadata = reader.metadata() or {}
-        if set(reader.keys()) != {"tokens", "document_offsets"} or "vocab_size" not in metadata:
-            raise UserError(f"{file}: not a token shard")
-        if metadata.get("tokenizer_sha256") != tokenizer:
-            raise UserError(f"{file}: made with another tokenizer than {path / 'tokenizer.json'}")
-        if int(metadata["vocab_size"]) > vocab_size:
-            raise UserError(
-                f"model.vocab_size={vocab_size} is smaller than the tokenizer's {metadata['vocab_size']} in {path}"
-            )
-        shard = Shard(file, reader.get_tensor("tokens"), reader.get_tensor("document_offsets"), tokenizer)
-        borders = shard.document_offsets.long()
-        if not len(borders) or borders[0] != 0 or borders[-1] != len(shard.tokens) or (borders.diff() < 0).any():
-            raise UserError(f"{file}: damaged: document_offsets do not rise from 0 to its {len(shard.tokens)} tokens")
-        shards.append(shard)
-    if not any(len(s.tokens) for s in shards):
-        raise UserError(f"data.path={folder}: holds no tokens")
-    return shards
+    def load_state(self, state: dict) -> None:
+        self.drawn, self.tokens = list(state["pieces"]), list(state["tokens"])  # taken from each source so far
+        self.waiting = [Part(*part) for part in state["waiting"]]
+        self.readers = [self._read(i) for i in range(len(self.pieces))]
 
+    def next_row(self) -> list[Part]:
+        """Parts of no more than T tokens together; none when everything has been read."""
+        parts, room = [], self.cfg.tokens_per_row
+        while room and (part := self._next_part(room, is_first=not parts)):
+            parts.append(part)
+            room -= part.length
+        return parts
 
-def _split(shards: list[Shard], max_seqlen: int) -> Pieces:
-    columns = []
-    for i, shard in enumerate(shards):
-        lengths = shard.document_offsets.diff()
-        count = (lengths + max_seqlen - 1) // max_seqlen  # pieces of each document
-        document = torch.repeat_interleave(count)
-        number = torch.arange(len(document)) - (count.cumsum(0) - count)[document]  # within its document
-        start = shard.document_offsets[document] + number * max_seqlen
-        length = (shard.document_offsets[document + 1] - start).clamp(max=max_seqlen)
-        columns.append((torch.full_like(start, i), start, length, number + 1 == count[document]))
-    return Pieces(*(torch.cat(column) for column in zip(*columns, strict=True)))
+    def _next_part(self, room: int, is_first: bool) -> Part | None:
+        best_fit = self.cfg.packing == "best_fit"
+        while len(self.waiting) < (self.cfg.look_ahead if best_fit else 1) and (part := self._draw()):
+            insort(self.waiting, part)
+        if not self.waiting:
+            return None
+        if best_fit:
+            longest = bisect_left(self.waiting, (room + 1,)) - 1
+            i = min(range(len(self.waiting)), key=lambda i: self.waiting[i].number) if is_first else longest
+            return self.waiting.pop(i) if i >= 0 else None
+        part = self.waiting.pop()
+        if part.length > room:
+            self.waiting.append(part._replace(length=part.length - room, start=part.start + room))
+            part = part._replace(length=room, is_last=False)
+        return part
+
+    def _draw(self) -> Part | None:
+        """The next piece of the source that is furthest behind its weight."""
+        i = min(range(len(self.weights)), key=lambda i: self.tokens[i] / self.weights[i])
+        if piece := next(self.readers[i], None):
+            length, *where = piece
+            part = Part(length, sum(self.drawn), i, *where)
+            self.drawn[i] += 1
+            self.tokens[i] += length
+            return part
+
+    def _read(self, i: int) -> Iterator[tuple[int, int, int, bool]]:
+        """(length, shard, start, is_last) of a source's pieces, from its place on."""
+        p = self.pieces[i]
+        columns = p.length, p.shard, p.start, p.is_last
+        while True:
+            epoch, place = divmod(self.drawn[i], len(p.length))
+            if epoch == self.epochs:
+                return
+            seed = zlib.crc32(f"{self.cfg.seed}.{i}.{epoch}".encode())  # a sum would make seed 1 a late start of seed 0
+            order = torch.randperm(len(p.length), generator=torch.Generator().manual_seed(seed))
+            for chunk in order[place:].split(4096):
+                yield from zip(*(column[chunk].tolist() for column in columns), strict=True)

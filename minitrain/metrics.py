@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics.jsonl, a progress bar, and a meter that counts honestly.
+"""What a run says of itself: metrics.jsonl, validation.jsonl, a progress bar, and a meter that counts honestly.
 
 FLOPs per trained step, for tokens/s to be turned into model FLOPs utilisation (MFU) of the device's dense bf16 peak:
     C    6 * N * tokens + 6 * L * H * C * pairs     causal half of attention; pairs = sum of squared document lengths
@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor, nn
@@ -114,13 +115,7 @@ class Log:
                  active / 1e6, name)  # fmt: skip
 
     def __enter__(self) -> "Log":
-        if self.writes:
-            self.path.touch()
-        self.file, end = open(self.path, "r+") if self.writes else tempfile.TemporaryFile("r+"), 0
-        while (line := self.file.readline()).endswith("\n") and json.loads(line)["step"] <= self.first:
-            end = self.file.tell()
-        self.file.seek(end)
-        self.file.truncate()  # what came after the checkpoint, and a line that was being written
+        self.file = _open_lines(self.path, self.first) if self.writes else tempfile.TemporaryFile("r+")
         quiet = None if self.writes else True  # None: where there is no terminal
         self.bar = tqdm(total=self.cfg.steps, initial=self.first, unit="step", disable=quiet, dynamic_ncols=True)
         self._start_window()
@@ -158,10 +153,23 @@ class Log:
         """After `step` steps: loss and extras are means over trained tokens, of all ranks as `trained` is."""
         row = {"step": step, "lr": lr, "trained_tokens": trained}
         tokens, pairs = sum(len(b.tokens) for b in batches), sum(b.num_pairs for b in batches)
+        row["padding"] = sum(b.num_padding for b in batches) / tokens
         self.waiting.append((row, tokens, pairs, {"loss": loss, "grad_norm": norm, **extras}))
         self.bar.update()
         if step % self.cfg.log_every == 0 or step == self.cfg.steps:
             self.flush()
+
+    def validation(self, step: int, results: list[dict]) -> None:
+        """A line for each source in validation.jsonl and on the console."""
+        if not self.writes:
+            return
+        with _open_lines(self.path.with_name("validation.jsonl"), step - 1) as file:
+            file.writelines(json.dumps(_without_nan({"step": step, **r})) + "\n" for r in results)
+        for r in results:
+            self.bar.write(
+                f"step {step:>6}  validation loss {r['loss']:.4f}  perplexity {r['perplexity']:.4g}  of {r['source']}"
+                f", {r['trained_tokens']:,} tokens"
+            )
 
     def flush(self) -> None:
         """Read the waiting values off the device, write their lines, print the last."""
@@ -213,6 +221,17 @@ class Log:
         for load in loads:
             load.zero_()
         return (loads_LE / loads_LE.mean(1, keepdim=True).clamp(min=1e-9)).cpu().mul(100).round().div(100).tolist()
+
+
+def _open_lines(path: Path, step: int) -> TextIO:
+    """A file of JSON lines, to be written on behind those of the first `step` steps."""
+    path.touch()
+    file, end = open(path, "r+"), 0  # noqa: SIM115
+    while (line := file.readline()).endswith("\n") and json.loads(line)["step"] <= step:
+        end = file.tell()
+    file.seek(end)
+    file.truncate()  # what came after the checkpoint, and a line that was being written
+    return file
 
 
 def _without_nan(row) -> dict:

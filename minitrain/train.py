@@ -28,6 +28,7 @@ from minitrain.parallel import compute_dtype, parallelize
 from minitrain.parallel.comm import sum_equal
 from minitrain.parallel.mesh import ALONE, Mesh, init_mesh
 from minitrain.parallel.zero import shard_optimizer
+from minitrain.validate import validate
 
 
 def train(
@@ -54,6 +55,8 @@ def train(
     loss_fn = loss_fn or load_object(cfg.train.loss)
     model = model or build_model(cfg.model)  # on meta: names and shapes, no bytes
     data = iter(PackedData(cfg.data, mesh, model.config.vocab_size) if data is None else data)
+    if cfg.train.validate_every and not hasattr(data, "held_out_rows"):
+        raise UserError("train.validate_every: data of your own needs held_out_rows(), as PackedData has it")
     fill = set_weights(model, cfg, mesh)
     model = parallelize(model, mesh, cfg.train)
     opt = shard_optimizer(model, optimizer or adamw(cfg.optim), mesh, cfg.parallel, fill)
@@ -70,13 +73,22 @@ def train(
             log.step(step + 1, batches, tokens, loss, norm, lr, extras)
             if on_step:
                 on_step(step + 1, model, extras)
+            if _is_validated(step + 1, cfg):
+                with log.pause():
+                    log.validation(step + 1, validate(model, data, loss_fn, mesh))
             if ckpt.is_due(step + 1, cfg.train.steps):
                 with log.pause():  # raises if the loss is no number, before anything is saved
                     ckpt.save(step + 1)
     if cfg.checkpoint.export:
-        tokenizer = None if cfg.model.pretrained else cfg.data.path or None  # None: of the folder that it began from
+        tokenizer = None if cfg.model.pretrained else cfg.data.tokenizer or None  # None: of where it began from
         save_pretrained(model, Path(cfg.run_dir) / "export", tokenizer, overwrite=True)
     return model
+
+
+def _is_validated(step: int, cfg: Config) -> bool:
+    """After `step` steps."""
+    every = cfg.train.validate_every
+    return every > 0 and (step % every == 0 or step == cfg.train.steps)
 
 
 def use_deterministic_algorithms() -> None:
@@ -141,13 +153,11 @@ def set_weights(model: nn.Module, cfg: Config, mesh: Mesh) -> Callable[[Collecti
 
 def _check_tokenizer(source: Path, cfg: Config) -> None:
     """UserError if the data's ids mean other tokens than the pretrained model's."""
-    theirs, ours = source / "tokenizer.json", Path(cfg.data.path) / "tokenizer.json"
+    theirs, ours = source / "tokenizer.json", Path(cfg.data.tokenizer) / "tokenizer.json"
     if not (theirs.exists() and ours.exists()) or theirs.read_bytes() == ours.read_bytes():
         return
-    if load_tokenizer(source).get_vocab() != load_tokenizer(cfg.data.path).get_vocab():
-        raise UserError(
-            f"data.path={cfg.data.path}: made with another tokenizer than {theirs}; prepare it with that one"
-        )
+    if load_tokenizer(source).get_vocab() != load_tokenizer(cfg.data.tokenizer).get_vocab():
+        raise UserError(f"{cfg.data.tokenizer}: made with another tokenizer than {theirs}; prepare it with that one")
 
 
 def open_run(cfg: Config, mesh: Mesh) -> Path:

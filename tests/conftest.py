@@ -60,8 +60,9 @@ def _rank(rank, n, store, device, fn, args):
     dist.destroy_process_group()
 
 
-def write_corpus(folder, documents, vocab_size=101, shards=1):
-    """A finished folder of token shards, as tools/prepare_data.py leaves it, with these lists of ids as documents."""
+def write_corpus(folder, documents, vocab_size=101, shards=1, trained=None):
+    """A finished folder of token shards, as tools/prepare_data.py leaves it, with these lists of ids as documents.
+    trained: the ids that are to be learnt; None: all."""
     folder.mkdir(parents=True, exist_ok=True)
     words = {str(i): i for i in range(vocab_size)}
     Tokenizer(models.WordLevel(words, unk_token="0")).save(str(folder / "tokenizer.json"))
@@ -73,6 +74,8 @@ def write_corpus(folder, documents, vocab_size=101, shards=1):
         offsets = torch.tensor([0, *(len(d) for d in mine)]).cumsum(0)
         tokens = torch.tensor([t for d in mine for t in d], dtype=torch.int64).to(torch.uint16)
         tensors = {"tokens": tokens, "document_offsets": offsets}
+        if trained is not None:
+            tensors["trained"] = torch.isin(tokens.long(), torch.tensor(sorted(trained)))
         write_safetensors(folder / f"shard-{i:05}.safetensors", tensors, metadata)
     write_json(folder / "report.json", {"tokens": sum(map(len, documents))})
     return folder

@@ -13,7 +13,7 @@ from conftest import TINY, read_metrics
 
 from minitrain import Qwen3ForCausalLM
 from minitrain.__main__ import main
-from minitrain.config import CheckpointConfig, DataConfig, OptimConfig, ParallelConfig, TrainConfig
+from minitrain.config import CheckpointConfig, DataConfig, OptimConfig, ParallelConfig, SourceConfig, TrainConfig
 from minitrain.models.layers import DecoderConfig
 
 ROOT = Path(__file__).parents[1]
@@ -80,9 +80,10 @@ def test_help_lists_every_setting_with_its_default_and_a_sentence(cli):
     text = " ".join(line.strip("│╭╰─╮╯ ") for line in out.splitlines())
     sections = {
         "model": DecoderConfig, "data": DataConfig, "optim": OptimConfig, "train": TrainConfig,
-        "parallel": ParallelConfig, "checkpoint": CheckpointConfig,
+        "parallel": ParallelConfig, "checkpoint": CheckpointConfig, "data.sources.0": SourceConfig,
     }  # fmt: skip
     keys = [f"{name}.{key}" for name, section in sections.items() for key in section.__dataclass_fields__]
+    keys.remove("data.sources")  # --help shows one of them
     for key in [*keys, "run_dir"]:
         entry = re.search(rf"--{re.escape(key)} (.*?)\(default: ", text)
         assert entry and " --" not in entry[1], key

@@ -16,6 +16,7 @@ from minitrain.config import (
     DataConfig,
     OptimConfig,
     ParallelConfig,
+    SourceConfig,
     TrainConfig,
     UserError,
     load_config,
@@ -65,6 +66,40 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
 def test_flags_may_be_written_with_a_blank_or_an_equals_sign(flags, tmp_path):
     cfg = load("[checkpoint]\nexport = true", *flags, tmp_path=tmp_path)
     assert (cfg.checkpoint.export, cfg.train.sample, cfg.data.seed) == (False, "a b", -3)
+
+
+SOURCES = '[[data.sources]]\npath = "web"\nweight = 3\n[[data.sources]]\npath = "a b"\n'
+
+
+def test_sources_are_a_list_of_tables_and_flags_by_number(tmp_path):
+    expected = [SourceConfig("web", 3.0), SourceConfig("a b", 1.0)]
+    assert load(SOURCES, tmp_path=tmp_path).data.sources == expected
+    flags = ["--data.sources.0.path", "web", "--data.sources.0.weight=3", "--data.sources.1.path=a b"]
+    assert load("", *flags, tmp_path=tmp_path).data.sources == expected
+    changed = load(SOURCES, "--data.sources.1.weight=0.5", "--data.seed=3", tmp_path=tmp_path).data
+    assert changed.sources == [SourceConfig("web", 3.0), SourceConfig("a b", 0.5)] and changed.seed == 3
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ('[[data.sources]]\npaht = "a"', "data.sources.0.paht: no such setting; did you mean data.sources.0.path?"),
+        ('[[data.source]]\npath = "a"', "data.source.0.path: no such setting"),
+        ('[data.sources]\npath = "a"', "data.sources: no such setting"),
+        ("[data]\nsources = [1]", "data.sources: no such setting"),
+        ('[[data.sources]]\nweight = "much"', "--data.sources.0.weight: .*'much'"),
+        (SOURCES + "weight = -1", "data.sources.1.weight=-1.0: must be a number, at least 0"),
+        (SOURCES + "weight = nan", "data.sources.1.weight=nan: must be a number, at least 0"),
+        ("[[data.sources]]\nweight = 0", "data.sources: all weights are 0"),
+        ('data.path = "b"\n' + SOURCES, "data.path=b and data.sources: give one of them"),
+        ("[train]\nvalidate_every = 5", "train.validate_every=5: there is nothing to validate on"),
+        ("[data]\nlook_ahead = 0", "data.look_ahead=0: must be at least 1"),
+    ],
+)
+def test_wrong_sources_are_one_line(text, complaint, tmp_path):
+    with pytest.raises(UserError, match=complaint) as error:
+        load(text, tmp_path=tmp_path)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("text", ["--", "-x", "- a list", "--train.steps", "a=b", "", 'a "quoted" \\ line\n\tand more'])
@@ -119,8 +154,9 @@ LLAMA3 = {
             CheckpointConfig(export=False, resume=False),
             run_dir="runs/é",
         ),
+        Config(Qwen3Config(), DataConfig(sources=[SourceConfig("a"), SourceConfig('"b" c', 0.0)], packing="best_fit")),
     ],
-    ids=["defaults", "moe", "rope_scaling", "odd"],
+    ids=["defaults", "moe", "rope_scaling", "odd", "sources"],
 )
 def test_toml_round_trip(cfg, tmp_path):
     text = to_toml(cfg)
@@ -131,7 +167,8 @@ def test_toml_round_trip(cfg, tmp_path):
 
 def test_every_setting_has_a_sentence_a_type_and_a_default():
     """The sentence is the string below the field; --help is made of them."""
-    for section in (DataConfig, OptimConfig, TrainConfig, ParallelConfig, CheckpointConfig, DecoderConfig):
+    sections = SourceConfig, DataConfig, OptimConfig, TrainConfig, ParallelConfig, CheckpointConfig, DecoderConfig
+    for section in sections:
         body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0].body
         for field, below in zip(body, [*body[1:], None], strict=True):
             if isinstance(field, ast.AnnAssign):

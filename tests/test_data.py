@@ -5,16 +5,18 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
-from minitrain.batch import IGNORE
-from minitrain.config import DataConfig, UserError
-from minitrain.data import PackedData
+from minitrain.batch import IGNORE, Batch
+from minitrain.config import DataConfig, SourceConfig, UserError
+from minitrain.data import PackedData, Stream, show
 from minitrain.parallel.mesh import Mesh
 from minitrain.storage import open_safetensors, write_json, write_safetensors
 
@@ -33,8 +35,13 @@ def packed(path, vocab_size=100_000, **settings):
     return PackedData(DataConfig(str(path), **settings), CPU, vocab_size)
 
 
+def take(data, rows):
+    """The next rows of a stream with one row a step."""
+    return [next(data)[0] for _ in range(rows)]
+
+
 def row_tokens(data, rows):
-    return torch.cat([data.make_row(r).tokens for r in range(rows)])
+    return torch.cat([row.tokens for row in take(data, rows)])
 
 
 def same(a, b):
@@ -83,21 +90,22 @@ def test_every_token_of_an_epoch_comes_exactly_once(tmp_path, shards):
 
 def test_targets_positions_and_borders_are_those_of_the_documents(tmp_path):
     data = packed(counting(tmp_path, LENGTHS), tokens_per_row=20, max_seqlen=16)
-    for r in range(40):
-        check_row(data.make_row(r), LENGTHS, 20, 16)
+    for row in take(data, 40):
+        check_row(row, LENGTHS, 20, 16)
 
 
 def test_a_document_cut_by_the_end_of_a_row_trains_its_last_token(tmp_path):
     data = packed(counting(tmp_path, [30]), tokens_per_row=8, max_seqlen=8)
-    row = data.make_row(0)
+    (row,) = next(data)
     assert row.targets.tolist() == (row.tokens + 1).tolist() and row.num_targets == 8
 
 
 def test_a_corpus_smaller_than_a_row_repeats_within_it(tmp_path):
     data = packed(counting(tmp_path, [3, 2]), tokens_per_row=23, max_seqlen=4)
-    for r in range(5):
-        check_row(data.make_row(r), [3, 2], 23, 4)
-    for epoch in row_tokens(data, 5).split(5):
+    rows = take(data, 5)
+    for row in rows:
+        check_row(row, [3, 2], 23, 4)
+    for epoch in torch.cat([row.tokens for row in rows]).split(5):
         assert sorted(epoch.tolist()) == [0, 1, 2, 3, 4]
 
 
@@ -112,7 +120,7 @@ def test_any_documents_pack_without_loss(lengths, T, max_seqlen, seed):
     max_seqlen, total = min(T, max_seqlen), sum(lengths)
     with tempfile.TemporaryDirectory() as folder:
         data = packed(counting(Path(folder), lengths), tokens_per_row=T, max_seqlen=max_seqlen, seed=seed)
-        rows = [data.make_row(r) for r in range(2 * total // T + 1)]
+        rows = take(data, 2 * total // T + 1)
         for row in rows:
             check_row(row, lengths, T, max_seqlen)
         for epoch in torch.cat([row.tokens for row in rows]).split(total)[: len(rows) * T // total]:
@@ -121,24 +129,17 @@ def test_any_documents_pack_without_loss(lengths, T, max_seqlen, seed):
 
 def test_cu_seqlens_keep_one_length_over_many_epochs(corpus):
     data = packed(corpus, tokens_per_row=256, max_seqlen=64)
-    shapes = {len(data.make_row(r).cu_seqlens_q) for r in range(20 * data.epoch_tokens // 256)}
-    assert len(shapes) == 1
+    tokens = int(data.sources[0].trained.length.sum())
+    assert len({len(row.cu_seqlens_q) for row in take(data, 20 * tokens // 256)}) == 1
 
 
 def test_documents_of_equal_length_fill_cu_seqlens_exactly(tmp_path):
     data = packed(counting(tmp_path, [64] * 9), tokens_per_row=64, max_seqlen=16)
-    for r in range(30):
-        assert data.make_row(r).cu_seqlens_q.tolist() == [0, 16, 32, 48, 64]  # T / max_seqlen documents, no padding
+    for row in take(data, 30):
+        assert row.cu_seqlens_q.tolist() == [0, 16, 32, 48, 64]  # T / max_seqlen documents, no padding
 
 
 # ---- in which order
-
-
-def test_a_row_depends_on_seed_and_number_alone(corpus):
-    data = packed(corpus, tokens_per_row=128, max_seqlen=64)
-    rows = [next(data)[0] for _ in range(200)]
-    for r in (199, 77, 0, 150):  # of three epochs
-        assert same(packed(corpus, tokens_per_row=128, max_seqlen=64).make_row(r), rows[r])
 
 
 def test_one_step_of_four_rows_is_four_steps_of_one(corpus):
@@ -149,20 +150,23 @@ def test_one_step_of_four_rows_is_four_steps_of_one(corpus):
 
 
 def test_seeds_and_epochs_have_orders_of_their_own(corpus):
-    data = packed(corpus, tokens_per_row=128, max_seqlen=64)
-    other = packed(corpus, tokens_per_row=128, max_seqlen=64, seed=1)
-    orders = [tuple(d.epoch(e)[0].tolist()) for d in (data, other) for e in range(4)]
+    orders = []
+    for seed in (0, 1):
+        stream = packed(corpus, tokens_per_row=128, max_seqlen=64, seed=seed).stream
+        orders += [tuple(stream._draw().start for _ in range(300)) for _ in range(4)]
     assert len(set(orders)) == 8  # seed 1 is not seed 0 an epoch later, either
+    assert all(sorted(order) == sorted(orders[0]) for order in orders)
 
 
-def test_the_stream_goes_on_from_its_state(corpus):
-    data = packed(corpus, tokens_per_row=128, max_seqlen=64, rows_per_step=2)
-    for _ in range(70):
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_the_stream_goes_on_from_its_state(corpus, packing):
+    settings = {"tokens_per_row": 128, "max_seqlen": 64, "rows_per_step": 2, "packing": packing, "look_ahead": 20}
+    data = packed(corpus, **settings)
+    for _ in range(70):  # of two epochs and more
         next(data)
     state = json.loads(json.dumps(data.state()))
-    next(data)
-    for resumed in (packed(corpus, tokens_per_row=128, max_seqlen=64, rows_per_step=2), data):
-        expected = [data.make_row(r) for r in (140, 141, 142, 143)]
+    expected = [*next(data), *next(data)]
+    for resumed in (packed(corpus, **settings), data):
         resumed.load_state(state)
         assert all(same(a, b) for a, b in zip([*next(resumed), *next(resumed)], expected, strict=True))
 
@@ -173,6 +177,275 @@ def test_the_state_of_another_corpus_is_refused(tmp_path):
         data = packed(counting(tmp_path / f"{max_seqlen}", lengths), tokens_per_row=20, max_seqlen=max_seqlen)
         with pytest.raises(UserError, match="not the corpus"):
             data.load_state(state)
+
+
+def test_a_place_of_a_version_without_mixtures_is_refused(corpus):
+    data = packed(corpus)
+    state = data.state()
+    del state["place"]
+    with pytest.raises(UserError, match="version without mixtures"):
+        data.load_state(state)
+
+
+# ---- several sources, several ranks
+
+
+def mixture(tmp_path, weights=(0.7, 0.2, 0.1), **settings):
+    """Three sources of 60 documents of 1 to 9, 19 and 29 tokens: ids 0 .. 999, 1000 .. 1999 and 2000 .. 2999."""
+    sources = []
+    for i, (weight, most) in enumerate(zip(weights, (9, 19, 29), strict=True)):
+        documents = [[1000 * i + 16 * d + n % 16 for n in range(1 + (7 * d + i) % most)] for d in range(60)]
+        if not (tmp_path / str(i)).exists():
+            write_corpus(tmp_path / str(i), documents, vocab_size=3000)
+        sources.append(SourceConfig(str(tmp_path / str(i)), weight))
+    return DataConfig(sources=sources, **{"tokens_per_row": 64, "max_seqlen": 32} | settings)
+
+
+def ranks(cfg, n):
+    """The data of all ranks of a run, each as its own process would make it."""
+    return [PackedData(cfg, SimpleNamespace(device=torch.device("cpu"), dp_rank=i, dp_size=n), 3000) for i in range(n)]
+
+
+def global_steps(datas, steps):
+    """-> [rows of a step, of all ranks]"""
+    return [[row for data in datas for row in next(data)] for _ in range(steps)]
+
+
+def test_each_source_gets_its_share_of_tokens_at_any_time(tmp_path):
+    data = PackedData(mixture(tmp_path), CPU, 3000)
+    tokens = row_tokens(data, 300)
+    for end in (640, 6400, 64 * 300):
+        counts = (tokens[:end] // 1000).bincount(minlength=3).tolist()
+        assert counts == pytest.approx([0.7 * end, 0.2 * end, 0.1 * end], abs=2 * 29)
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_any_number_of_ranks_makes_the_same_stream_also_across_resumes(tmp_path, packing, n):
+    cfg = mixture(tmp_path, rows_per_step=24, packing=packing, look_ahead=50)
+    expected = [row for rows in global_steps(ranks(cfg, 1), 12) for row in rows]
+    datas = ranks(cfg, n)
+    rows = [row for rows in global_steps(datas, 5) for row in rows]
+    states = [json.loads(json.dumps(data.state())) for data in datas]
+    assert all(state == states[0] for state in states)  # any rank may write the checkpoint
+    assert any(part % 60 for part in states[0]["place"]["pieces"])  # in the middle of an epoch
+    for m, steps in ((4, 3), (n, 4)):  # goes on with other numbers of ranks
+        datas = ranks(cfg, m)
+        for data in datas:
+            data.load_state(states[0])
+        rows += [row for rows in global_steps(datas, steps) for row in rows]
+        states = [data.state() for data in datas]
+    assert all(same(a, b) for a, b in zip(rows, expected, strict=True))
+
+
+def test_rows_that_cannot_be_dealt_evenly_are_refused(tmp_path):
+    with pytest.raises(UserError, match="rows_per_step=4: must be a multiple of the 3 ranks"):
+        ranks(mixture(tmp_path, rows_per_step=4), 3)
+
+
+def test_an_epoch_that_ends_in_one_source_does_not_move_another(tmp_path):
+    mixed = PackedData(mixture(tmp_path, (3.0, 0.0, 1.0)), CPU, 3000).stream  # the second is of weight 0
+    other = PackedData(mixture(tmp_path, (0.1, 0.0, 1.0)), CPU, 3000).stream
+    orders = []
+    for stream in (mixed, other):
+        parts = [stream._draw() for _ in range(1800)]
+        orders.append([part.start for part in parts if part.source == 1])
+    n = min(map(len, orders))
+    assert n > 2 * 60 and orders[0][:n] == orders[1][:n]  # beside many epochs of the other, or less than one
+
+
+def test_a_source_that_runs_out_begins_again_and_the_log_says_so_once(tmp_path, caplog):
+    caplog.set_level("INFO")
+    data = PackedData(mixture(tmp_path, (0.9, 0.1, 0.0)), CPU, 3000)
+    row_tokens(data, 60)
+    said = [record.getMessage() for record in caplog.records if "read to its end" in record.getMessage()]
+    assert len(said) == 1 and said[0].startswith(str(tmp_path / "0"))
+
+
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        (
+            lambda s: s[1].__setattr__("path", s[0].path),
+            r"data\.sources\.1\.path=.*: the same folder as another",
+        ),
+        (lambda s: s[2].__setattr__("path", "/none"), r"data\.sources\.2\.path=/none: no such folder"),
+        (lambda s: s[0].__setattr__("path", ""), r"data\.path is not set"),
+    ],
+)
+def test_an_unfit_source_is_named(tmp_path, change, complaint):
+    cfg = mixture(tmp_path)
+    change(cfg.sources)
+    with pytest.raises(UserError, match=complaint):
+        PackedData(cfg, CPU, 3000)
+
+
+def test_sources_of_two_tokenizers_are_refused(tmp_path):
+    cfg = mixture(tmp_path)
+    write_corpus(tmp_path / "2", [[1, 2]], vocab_size=50)
+    with pytest.raises(UserError, match=r"data\.sources\.2\.path=.*: made with another tokenizer than .*/0"):
+        PackedData(cfg, CPU, 3000)
+
+
+# ---- best fit
+
+
+def padding(rows):
+    return sum(row.num_padding for row in rows) / sum(len(row.tokens) for row in rows)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(1, 25), min_size=1, max_size=15),
+    T=st.integers(2, 40),
+    max_seqlen=st.integers(2, 40),
+    look_ahead=st.integers(1, 20),
+)
+def test_best_fit_cuts_no_document_and_loses_none(lengths, T, max_seqlen, look_ahead):
+    max_seqlen = min(T, max_seqlen)
+    with tempfile.TemporaryDirectory() as folder:
+        data = packed(
+            counting(Path(folder), lengths), tokens_per_row=T, max_seqlen=max_seqlen, packing="best_fit",
+            look_ahead=look_ahead,
+        )  # fmt: skip
+        stream, rows = Stream(data.cfg, [data.sources[0].trained], [1.0], epochs=1), []
+        while parts := stream.next_row():
+            rows.append(data.make_row(parts, stream.pieces))
+    seen = []
+    for row in rows:
+        end = T - row.num_padding
+        assert (row.targets[end:] == IGNORE).all() and borders(row).diff().max() <= max_seqlen
+        assert end in borders(row)
+        check_row(_without_padding(row), lengths, end, max_seqlen)
+        seen += [(int(row.tokens[a]), b - a) for a, b in borders(row).unfold(0, 2, 1).tolist() if b <= end]
+    starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
+    pieces = {
+        (int(start) + k, min(max_seqlen, n - k))
+        for start, n in zip(starts, lengths, strict=True)
+        for k in range(0, n, max_seqlen)
+    }  # fmt: skip
+    assert sorted(seen) == sorted(pieces)
+
+
+def _without_padding(row):
+    end = len(row.tokens) - row.num_padding
+    cu = borders(row)[borders(row) <= end]
+    return Batch(row.tokens[:end], row.targets[:end], row.positions[:end], cu, cu, row.max_seqlen)
+
+
+def test_a_longer_look_ahead_leaves_less_padding(corpus):
+    shares = [
+        padding(take(packed(corpus, tokens_per_row=128, max_seqlen=64, packing="best_fit", look_ahead=n), 300))
+        for n in (1, 10, 100)
+    ]
+    assert shares[0] > 0.1 > 0.03 > shares[1] > shares[2] and shares[2] < 0.002
+    assert padding(take(packed(corpus, tokens_per_row=128, max_seqlen=64), 10)) == 0
+
+
+def test_no_document_waits_for_more_rows_than_the_window_is_long(corpus):
+    stream = packed(corpus, tokens_per_row=128, max_seqlen=64, packing="best_fit", look_ahead=8).stream
+    drawn_at, waits = [], []
+    for row in range(300):
+        parts = stream.next_row()
+        drawn_at += [row] * (sum(stream.drawn) - len(drawn_at))
+        waits += [row - drawn_at[part.number] for part in parts]
+    assert 1 < max(waits) <= 8
+
+
+# ---- documents that are too long, and what is trained on
+
+
+def test_a_document_that_is_too_long_is_split_cut_or_dropped_and_counted(tmp_path, caplog):
+    caplog.set_level("INFO")
+    counting(tmp_path, LENGTHS)
+    kept = {"split": 134, "cut": 134 - 14 - 24, "drop": 134 - 30 - 40}
+    for how, tokens in kept.items():
+        data = packed(tmp_path, tokens_per_row=20, max_seqlen=16, long_documents=how)
+        assert int(data.sources[0].trained.length.sum()) == tokens
+        stream = row_tokens(data, 40)
+        assert len(stream[:tokens].unique()) == tokens
+        message = f"2 of 12 documents are longer than data.max_seqlen=16: {how}"
+        assert sum(message in record.getMessage() for record in caplog.records) == 1
+    with pytest.raises(UserError, match="holds no documents to use: 12 in all"):
+        packed(counting(tmp_path / "long", [9] * 12), tokens_per_row=8, max_seqlen=8, long_documents="drop")
+
+
+def test_only_marked_tokens_are_trained_on_also_behind_a_cut(tmp_path):
+    documents = [[1, 2, 3, 4, 5], [6, 7, 8], [9, 10, 11, 12, 13, 14]]
+    learnt = {3, 4, 5, 8, 11, 13}
+    write_corpus(tmp_path, documents, trained=learnt)
+    data = packed(tmp_path, tokens_per_row=4, max_seqlen=4)
+    pairs = {(x, y) for row in take(data, 14) for x, y in zip(row.tokens.tolist(), row.targets.tolist(), strict=True)}
+    assert pairs == {
+        (1, -100), (2, 3), (3, 4), (4, 5), (5, -100), (6, -100), (7, 8), (8, -100), (9, -100), (10, 11), (11, -100),
+        (12, 13), (13, -100), (14, -100),
+    }  # fmt: skip
+
+
+def test_a_run_shows_what_it_learns(tmp_path, caplog):
+    documents = [[1, 2, 3, 4, 5], [1, 2, 8], list(range(20, 60))]
+    write_corpus(tmp_path, documents, trained={3, 5, *range(21, 60)})
+    caplog.set_level("INFO")
+    data = packed(tmp_path, vocab_size=101, tokens_per_row=48, max_seqlen=48)
+    expected, lines = next(packed(tmp_path, tokens_per_row=48, max_seqlen=48))[0], caplog.messages[-1].splitlines()
+    assert lines[0] == "step 1 begins with these documents; what is learnt is in >> <<"
+    texts = {"1 2>>3<<4>>5<<", "1 2 8", "20>>" + " ".join(map(str, range(21, 60))) + "<<"}
+    assert {line.strip() for line in lines[1:]} == texts
+    assert same(next(data)[0], expected)  # to look changes nothing
+    assert show(expected, Tokenizer.from_file(str(tmp_path / "tokenizer.json")), documents=1, tokens=2)[0].endswith(
+        "more tokens"
+    )
+
+
+def test_a_shown_line_is_one_line():
+    class Words:
+        def decode(self, ids, skip_special_tokens):
+            assert not skip_special_tokens
+            return "".join({1: "a\n", 2: "\\n\t", 3: "<|end|>"}[i] for i in ids)
+
+    assert show(Batch.pack([torch.tensor([1, 2, 3])]), Words()) == [r"a\n>>\\n\t<|end|><<"]
+
+
+# ---- validation
+
+
+def validated(cfg, n):
+    """{source: rows of all ranks}"""
+    named = [data.held_out_rows() for data in ranks(cfg, n)]
+    return {
+        name: [row for block in zip(*(rows[name] for rows in named), strict=True) for row in block] for name in named[0]
+    }
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_held_out_documents_are_validated_on_once_and_never_trained_on(tmp_path, packing):
+    cfg = mixture(tmp_path, (1.0, 2.0, 0.0), held_out=7, packing=packing, look_ahead=10, rows_per_step=3)
+    data = PackedData(cfg, CPU, 3000)
+    trained = {t for _ in range(60) for row in next(data) for t in row.tokens[: 64 - row.num_padding].tolist()}
+    rows = validated(cfg, 1)
+    assert list(rows) == [str(tmp_path / str(i)) for i in range(3)]
+    held = [[t for row in of for t in row.tokens[: 64 - row.num_padding].tolist()] for of in rows.values()]
+    firsts = [sorted(t for t in tokens if t % 1000 % 16 == 0) for tokens in held]
+    spread = [16 * (i * 60 // 7) for i in range(7)]  # the ids that the documents begin with
+    assert set(firsts[0]) == set(spread) and set(firsts[1]) == {1000 + t for t in spread}
+    assert not trained & {t for tokens in held for t in tokens}
+    assert len(held[2]) == sum(1 + (7 * d + 2) % 29 for d in range(60)) and len(set(firsts[2])) == 60  # all of it, once
+
+
+def test_validation_rows_are_the_same_for_any_number_of_ranks(tmp_path):
+    cfg = mixture(tmp_path, held_out=20, rows_per_step=24)
+    expected = validated(cfg, 1)
+    for n in (2, 3, 8):
+        for name, rows in validated(cfg, n).items():
+            assert len(rows) % n == 0
+            extra = rows[len(expected[name]) :]
+            assert all(row.num_targets == 0 and row.num_padding == 64 for row in extra)
+            assert all(same(a, b) for a, b in zip(rows, expected[name], strict=False))
+
+
+def test_holding_out_everything_is_refused(corpus):
+    with pytest.raises(UserError, match="holds no documents to use: 300 in all"):
+        packed(corpus, held_out=300)
 
 
 # ---- files

@@ -14,15 +14,16 @@ ROOT = Path(__file__).parents[1] / "minitrain"
 # The two columns of floor 3 do not know each other: models, losses and optimizers are plain, parallel/ wraps them.
 FLOORS = [
     {"config", "kernels"},
-    {"fused_attention", "parallel.comm"},
-    {"storage", "batch", "attention", "norm_rotate", "parallel.mesh"},
+    {"fused_attention", "parallel.comm", "storage"},
+    {"shards", "batch", "attention", "norm_rotate", "parallel.mesh"},
     {
         "left": {"models", "models.layers", "models.llama", "models.qwen3", "models.qwen3_moe",
-                 "loss", "optim", "data", "metrics"},
+                 "loss", "optim", "data", "chat", "metrics"},
         "right": {"parallel.ddp", "parallel.gather", "parallel.offload", "parallel.owners", "parallel.zero"},
     },
     {"checkpoint", "hf", "parallel"},
-    {"train", "generate", "plan"},
+    {"validate", "generate", "plan"},
+    {"train"},
     {"__main__"},
 ]  # fmt: skip
 COLUMNS = 3  # the floor of two columns

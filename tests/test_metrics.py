@@ -75,7 +75,18 @@ def test_a_peak_is_of_this_device_or_not_claimed(device, peak):
 
 # ---- what a run writes
 
-FIELDS = ["step", "lr", "trained_tokens", "loss", "grad_norm", "tokens_per_s", "step_ms", "tflops_c", "data_wait_ms"]
+FIELDS = [
+    "step",
+    "lr",
+    "trained_tokens",
+    "padding",
+    "loss",
+    "grad_norm",
+    "tokens_per_s",
+    "step_ms",
+    "tflops_c",
+    "data_wait_ms",
+]
 
 
 def test_every_line_has_the_fields(corpus, tmp_path):
@@ -85,8 +96,17 @@ def test_every_line_has_the_fields(corpus, tmp_path):
     assert all(row.keys() == set(FIELDS) for row in rows)
     assert all(row["tokens_per_s"] > 0 and row["step_ms"] > 0 and row["tflops_c"] > 0 for row in rows)
     assert all(0 < row["trained_tokens"] <= 64 for row in rows)
+    assert all(row["padding"] == 0 for row in rows)
     assert len({row["step_ms"] for row in rows}) == 3  # means over steps 1-5, 6-10 and 11-12
     assert rows[4]["step_ms"] * rows[4]["tokens_per_s"] == pytest.approx(64_000)
+
+
+def test_padding_is_a_share_of_the_tokens(corpus, tmp_path):
+    cfg = tiny_run(corpus, tmp_path / "run", train={"steps": 9}, data={"packing": "best_fit", "look_ahead": 1})
+    train(cfg)
+    data = PackedData(cfg.data, Mesh(torch.device("cpu")), 101)
+    expected = [batches[0].num_padding / 64 for _, batches in zip(range(9), data, strict=False)]
+    assert [row["padding"] for row in read_metrics(tmp_path / "run")] == expected and sum(expected) > 0
 
 
 def test_the_meter_counts_the_pairs_of_the_documents_that_came(corpus, tmp_path):

@@ -224,10 +224,10 @@ def test_a_tokenizer_is_trained_on_a_sample_spread_over_the_files(tmp_path, monk
     files = [write_jsonl(tmp_path / f"{i}.jsonl", [f"{i} {j:04d}" for j in range(100)]) for i in range(4)]
     sizes = [(str(path), path.stat().st_size) for path in files]
     monkeypatch.setattr(prepare_data, "SAMPLE_BYTES", 240)
-    texts = list(prepare_data.sample_texts(sizes, "text"))
+    texts = list(prepare_data.sample_texts(sizes, ["text"]))
     assert texts == [f"{i} {j:04d}" for i in range(4) for j in range(10)]
     monkeypatch.setattr(prepare_data, "SAMPLE_BYTES", 10**6)
-    assert len(list(prepare_data.sample_texts(sizes, "text"))) == 400
+    assert len(list(prepare_data.sample_texts(sizes, ["text"]))) == 400
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(65536, torch.uint16), (65537, torch.int32)])

@@ -1,25 +1,34 @@
-"""Text -> token shards for minitrain/data.py: every document tokenised once, in the order of the inputs.
+"""Text or chats -> token shards for minitrain/data.py: every document tokenised once, in the order of the inputs.
 
-    .txt .jsonl .jsonl.gz .jsonl.zst .parquet  ->  shard-00000.safetensors  tokens (n,) uint16 or int32
-    (or folders of them)                           ...                      document_offsets (documents + 1,) int64
-                                                   tokenizer.json           report.json comes last: the set is whole
+    .txt .jsonl .jsonl.gz .jsonl.zst           ->  shard-00000.safetensors  tokens (n,) uint16 or int32
+    .parquet .arrow                                ...                      document_offsets (documents + 1,) int64
+    (or folders of them, also what datasets'                                trained (n,) bool, of chats only
+    save_to_disk wrote)                            tokenizer.json           report.json comes last: the set is whole
 
     python tools/prepare_data.py books/ more.jsonl.gz --out data/books --train-tokenizer 32000
+    python tools/prepare_data.py chats.jsonl --chat --out data/chats --tokenizer Qwen/Qwen3-0.6B
 
 A .txt file is one document, and so is a file of another suffix that --suffixes asks for; .jsonl has one in each line,
-.parquet in each row. A document is held whole; of the rest at most one shard is in memory. A shard ends with the
-document that fills it, a document with the tokenizer's end-of-text token, if there is one. Text that spells a special
-token does not become it. A BOM is dropped, CRLF is kept.
+.parquet and .arrow in each row. A document is held whole; of the rest at most one shard is in memory, and with --dedup
+some 100 bytes for each document. A shard ends with the document that fills it, a document with the tokenizer's
+end-of-text token, if there is one, or what --end-with says. Text that spells a special token does not become it. A BOM
+is dropped, CRLF is kept.
+
+With --chat a record is {"messages": [...], "tools": [...]} with the roles system, user, assistant and tool, made text
+by the tokenizer's chat template, or {"prompt": "...", "completion": "..."}. The turns of assistants, or the completion,
+are marked as what is to be learnt (minitrain/chat.py); the template, not --end-with, says what ends a turn.
 
 Skipped, counted, the first of each kind named: an empty document or line, invalid UTF-8 (in JSON also half surrogates),
-broken JSON, a missing field or one that is no text. One line and exit code 2, nothing written: an input that does not
-exist, an unknown suffix, no document at all, a folder with another tokenizer or a finished dataset (--overwrite
-replaces both). A damaged .gz, .zst or .parquet, or one without the column, stops the run; the shards before it stay.
+broken JSON, a missing field or one that is no text, a duplicate (--dedup), a conversation that is no good. One line and
+exit code 2, nothing written: an input that does not exist, an unknown suffix, no document at all, a folder with another
+tokenizer or a finished dataset (--overwrite replaces both), a chat template that cannot be used. A damaged file, one
+without the column, or a full disk stops the run; the shards before it stay.
 
 A stopped run goes on after its last whole shard when it is started again alike; with --overwrite it begins anew.
 """
 
 import argparse
+import ctypes
 import hashlib
 import json
 import multiprocessing
@@ -29,7 +38,7 @@ import sys
 import time
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -40,15 +49,13 @@ from pathlib import Path
 from threading import Thread
 
 import torch
-from read_text import SUFFIXES, Record, Skip, find_files, read_records, text_of
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from encode_text import Encoded, Encoder, Recipe, load_encoder, train_encoder
+from read_text import CHAT_FIELDS, SUFFIXES, Record, Skip, find_files, read_records, row_of, text_of
 from tqdm import tqdm
 
 from minitrain.config import UserError, exit_with
-from minitrain.hf import find_folder
-from minitrain.storage import read_json, sha256, write_json, write_safetensors
+from minitrain.storage import open_safetensors, read_json, sha256, write_json, write_safetensors
 
-END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # looked for in this order
 SAMPLE_BYTES = 20_000_000  # of text to train a tokenizer on
 BATCH_BYTES = 1 << 18  # for a worker at a time: small, so that all are busy to the end
 
@@ -63,9 +70,11 @@ class Progress:
     record: int = 0  # behind so many others
     documents_read: int = 0
     documents_kept: int = 0
+    documents_written: int = 0  # a conversation may become several
     skipped: dict[str, int] = field(default_factory=dict)
     first_skipped: dict[str, str] = field(default_factory=dict)
     tokens: int = 0
+    trained_tokens: int = 0
     bytes: int = 0  # of UTF-8 that became tokens
     seconds: float = 0.0
 
@@ -79,6 +88,11 @@ def prepare(
     suffixes: Iterable[str] = SUFFIXES,
     exclude: Iterable[str] = (),
     text_field: str = "text",
+    chat: bool = False,
+    chat_template: str | Path | None = None,
+    begin_with: Iterable[str] = (),
+    end_with: Iterable[str] | None = None,
+    dedup: bool = False,
     shard_tokens: int = 100_000_000,
     workers: int | None = None,
     overwrite: bool = False,
@@ -86,6 +100,8 @@ def prepare(
     """Make or finish the dataset in `out`. -> the content of report.json. UserError as the module says.
 
     tokenizer: tokenizer.json, its folder or a hub id; or train_tokenizer: the size of a new vocabulary.
+    chat_template: a file, in the place of the tokenizer's. begin_with, end_with: special tokens around each document;
+    None: end of text behind it, if the tokenizer has that. dedup: skip what has the same tokens as one before.
     workers: processes, None for one a core; neither they nor stops and restarts change a byte of the shards.
     """
     started, out = time.perf_counter(), Path(out)
@@ -94,29 +110,34 @@ def prepare(
     workers = os.cpu_count() if workers is None else workers
     if shard_tokens < 1 or workers < 1:
         raise UserError(f"shard_tokens={shard_tokens}, workers={workers}: must be at least 1")
-    options = {"tokenizer": tokenizer and str(tokenizer), "train_tokenizer": train_tokenizer, "text_field": text_field}
+    if chat_template and not chat:
+        raise UserError("chat_template is given, but chat is not")
+    recipe = Recipe(text_field, chat, tuple(begin_with), None if end_with is None else tuple(end_with))
+    options = {"tokenizer": tokenizer and str(tokenizer), "train_tokenizer": train_tokenizer, "dedup": dedup}
+    options |= {"chat_template": chat_template and str(chat_template), **json.loads(json.dumps(asdict(recipe)))}
     options |= {"suffixes": list(suffixes), "exclude": sorted(exclude), "shard_tokens": shard_tokens}
     files, listed = find_files(list(map(Path, inputs)), tuple(options["suffixes"]), set(options["exclude"]))
     names = hashlib.sha256(json.dumps(files).encode()).hexdigest()
     progress = _claim(out, {"inputs": listed, "files_sha256": names} | options, overwrite)
 
+    fields = CHAT_FIELDS if chat else (text_field,)
     if tokenizer is None and not progress.shards:
-        vocabulary = train_vocabulary(sample_texts(files, text_field), train_tokenizer)
+        encoder = train_encoder(sample_texts(files, fields), train_tokenizer, recipe, chat_template)
     else:
-        vocabulary = load_vocabulary(out if tokenizer is None else tokenizer)
+        encoder = load_encoder(out if tokenizer is None else tokenizer, recipe, chat_template)
     old = out / "tokenizer.json"
-    if not overwrite and old.exists() and sha256(old) != vocabulary.sha256:
+    if not overwrite and old.exists() and sha256(old) != encoder.sha256:
         raise UserError(f"{old}: another tokenizer; choose another folder or --overwrite")
-    if vocabulary.eos_id is None:
+    if not encoder.end and end_with is None and not chat:
         print("the tokenizer has no end-of-text token: documents end without one", file=sys.stderr)
 
-    writer = ShardWriter(out, progress, vocabulary, started - progress.seconds)
+    writer = ShardWriter(out, progress, encoder, started - progress.seconds)
     ends = list(accumulate((size for _, size in files), initial=0))
     with tqdm(total=ends[-1], unit="B", unit_scale=True, disable=None) as bar:
-        batches = cut_batches(files, progress.file, progress.record, text_field)
-        for records, documents in encode_batches(batches, workers, vocabulary, text_field):
-            for record, document in zip(records, documents, strict=True):
-                writer.add(record, *document)
+        batches = cut_batches(files, progress.file, progress.record, fields)
+        for records, encoded in encode_batches(batches, workers, encoder):
+            for record, documents in zip(records, encoded, strict=True):
+                writer.add(record, documents)
             bar.update(ends[record.file] + record.position - bar.n)
     return writer.finish()
 
@@ -124,25 +145,34 @@ def prepare(
 # ---- records, for the tokenizer and for its workers
 
 
-def sample_texts(files: list[tuple[str, int]], text_field: str) -> Iterator[str]:
+def sample_texts(files: list[tuple[str, int]], fields: Sequence[str]) -> Iterator[str]:
     """About SAMPLE_BYTES, the first documents of files spread evenly over all bytes. No more than these are read."""
     total = sum(size for _, size in files) or 1
     taken = passed = 0
     for path, size in files:
         passed += size
-        records = read_records(path, 0, text_field)
+        records = read_records(path, 0, fields)
         while taken < SAMPLE_BYTES * passed / total and (record := next(records, None)):
             with suppress(Skip):
-                text, num_bytes = text_of(record, text_field)
+                text = "\n".join(_strings(row_of(record))) if len(fields) > 1 else text_of(record, fields[0])[0]
                 yield text[: SAMPLE_BYTES - taken]
-                taken += num_bytes
+                taken += len(text.encode("utf-8", "replace"))
 
 
-def cut_batches(files: list[tuple[str, int]], file: int, done: int, text_field: str) -> Iterator[list[Record]]:
+def _strings(value) -> Iterator[str]:
+    """All in a JSON value."""
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _strings(inner)
+    elif isinstance(value, str):
+        yield value.encode("utf-8", "replace").decode()
+
+
+def cut_batches(files: list[tuple[str, int]], file: int, done: int, fields: Sequence[str]) -> Iterator[list[Record]]:
     """All records from files[file] on but its first `done`, about BATCH_BYTES at a time."""
     batch, size = [], 0
     for i in range(file, len(files)):
-        for record in read_records(files[i][0], i, text_field):
+        for record in read_records(files[i][0], i, fields):
             if i == file and record.number <= done:
                 continue
             batch.append(record)
@@ -154,89 +184,20 @@ def cut_batches(files: list[tuple[str, int]], file: int, done: int, text_field: 
         yield batch
 
 
-# ---- tokenizer
+# ---- work
 
 
-class Vocabulary:
-    """A tokenizer, made of the bytes of its files. NOTE ids may have holes: size is the highest plus one."""
-
-    def __init__(self, files: dict[str, bytes]):
-        self.files = files
-        self.sha256 = hashlib.sha256(files["tokenizer.json"]).hexdigest()
-        self.tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
-        self.tokenizer.encode_special_tokens = True  # as any other text
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        ids = self.tokenizer.get_vocab()
-        self.size = max(ids.values()) + 1
-        self.typecode = "H" if self.size <= 1 << 16 else "i"  # uint16 or int32
-        eos = json.loads(files.get("tokenizer_config.json", b"{}")).get("eos_token")
-        eos = eos["content"] if isinstance(eos, dict) else eos
-        if eos and eos not in ids:
-            raise UserError(f"tokenizer_config.json: eos_token {eos!r} is not in tokenizer.json")
-        self.eos_id = ids.get(eos or next((token for token in END_OF_TEXT if token in ids), None))
-
-    def __reduce__(self):  # the library pickles a tokenizer without its settings
-        return Vocabulary, (self.files,)
-
-    def encode(self, record: Record, text_field: str) -> tuple[array | None, int, str]:
-        """-> (tokens, bytes of text, ""), or (None, 0, why the record is skipped)."""
-        try:
-            text, num_bytes = text_of(record, text_field)
-            # a batch of one takes 2/3 of the time of encode(), which keeps offsets
-            ids = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
-            if not ids:
-                raise Skip("empty")
-        except Skip as reason:
-            return None, 0, str(reason)
-        return array(self.typecode, ids if self.eos_id is None else [*ids, self.eos_id]), num_bytes, ""
-
-
-def load_vocabulary(source: str | Path) -> Vocabulary:
-    """Of tokenizer.json, its folder or a hub id. UserError if there is none or it is no good."""
-    path = Path(source)
-    if not path.is_file():
-        path = find_folder(source, ["tokenizer.json", "tokenizer_config.json"]) / "tokenizer.json"
-    config = path.with_name("tokenizer_config.json")
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
-    try:
-        files = {"tokenizer.json": path.read_bytes()}
-        if config.exists():
-            files["tokenizer_config.json"] = config.read_bytes()
-        return Vocabulary(files)
-    except Exception as error:  # tokenizers raises a plain Exception
-        raise UserError(f"{path}: cannot be read as a tokenizer: {error}".splitlines()[0]) from None
-
-
-def train_vocabulary(texts: Iterator[str], size: int) -> Vocabulary:
-    """Byte-level BPE, so that any text can be encoded, with <|endoftext|>."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    if size < len(alphabet) + 1:
-        raise UserError(f"train_tokenizer={size}: must be at least {len(alphabet) + 1}, all bytes and {END_OF_TEXT[0]}")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = {"special_tokens": [END_OF_TEXT[0]], "initial_alphabet": alphabet}
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, show_progress=False, **special))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT[0]}
-    config["clean_up_tokenization_spaces"] = False  # or transformers 4 drops spaces before punctuation
-    files = {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(config)}
-    return Vocabulary({name: content.encode() for name, content in files.items()})
-
-
-def encode_batches(batches: Iterator[list[Record]], workers: int, *args) -> Iterator[tuple[list, list]]:
-    """(batch, what Vocabulary.encode makes of each record), in order; no more than two batches a worker in memory.
-    args: the vocabulary and text_field. One worker is this process."""
+def encode_batches(batches: Iterator[list[Record]], workers: int, encoder: Encoder) -> Iterator[tuple[list, list]]:
+    """(batch, what Encoder.encode makes of each record), in order; no more than two batches a worker in memory. One
+    worker is this process."""
     if workers == 1:
-        vocabulary, text_field = args
-        yield from ((batch, [vocabulary.encode(record, text_field) for record in batch]) for batch in batches)
+        yield from ((batch, encoder.encode(batch)) for batch in batches)
         return
     context = multiprocessing.get_context("forkserver")  # the threads of a tokenizer do not survive a plain fork
     context.set_forkserver_preload([__name__])  # imports torch once, not once a worker
     waiting = deque()
     try:
-        with ProcessPoolExecutor(workers, context, _start_worker, args) as pool:
+        with ProcessPoolExecutor(workers, context, _start_worker, (encoder,)) as pool:
             for batch in batches:
                 waiting.append((batch, pool.submit(_encode, batch)))
                 if len(waiting) == 2 * workers:
@@ -248,12 +209,12 @@ def encode_batches(batches: Iterator[list[Record]], workers: int, *args) -> Iter
         raise UserError("a worker process was killed, perhaps for its memory: use fewer --workers") from None
 
 
-def _start_worker(*args):
-    global _vocabulary, _text_field
+def _start_worker(encoder):
+    global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or each worker starts a thread a core
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     Thread(target=_die_with_parent, daemon=True).start()
-    _vocabulary, _text_field = args
+    _encoder = encoder
 
 
 def _die_with_parent():  # also a killed one: the pool itself would wait forever
@@ -262,7 +223,7 @@ def _die_with_parent():  # also a killed one: the pool itself would wait forever
 
 
 def _encode(batch):
-    return [_vocabulary.encode(record, _text_field) for record in batch]
+    return _encoder.encode(batch)
 
 
 # ---- the folder
@@ -289,56 +250,88 @@ def _claim(out: Path, job: dict, overwrite: bool) -> Progress:
 class ShardWriter:
     """Documents in, whole shards out. The folder is not touched before the first of them."""
 
-    def __init__(self, out: Path, progress: Progress, vocabulary: Vocabulary, started: float):
-        self.out, self.progress, self.vocabulary, self.started = out, progress, vocabulary, started
-        self.ids, self.offsets = array(vocabulary.typecode), array("q", [0])
+    def __init__(self, out: Path, progress: Progress, encoder: Encoder, started: float):
+        self.out, self.progress, self.encoder, self.started = out, progress, encoder, started
+        self.seen: set[bytes] = set()  # hashes of what was kept
+        if progress.job["dedup"]:
+            for i in range(progress.shards):
+                hashes = open_safetensors(out / _shard_name(i)).get_tensor("hashes")
+                raw = ctypes.string_at(hashes.data_ptr(), hashes.nbytes)
+                self.seen |= {raw[j : j + 16] for j in range(0, len(raw), 16)}
+        self._clear()
 
-    def add(self, record: Record, ids: array | None, num_bytes: int, problem: str) -> None:
-        """One record: its tokens, or the problem for which it is skipped."""
+    def _clear(self):
+        self.ids, self.offsets = array(self.encoder.typecode), array("q", [0])
+        self.trained, self.hashes = bytearray(), bytearray()
+
+    def add(self, record: Record, encoded: Encoded) -> None:
+        """One record: its documents, or the problem for which it is skipped."""
         p = self.progress
         p.file, p.record, p.documents_read = record.file, record.number, p.documents_read + 1
+        problem = encoded.problem
+        if p.job["dedup"] and not problem:
+            if encoded.hash in self.seen:
+                problem = "duplicate"
+            self.seen.add(encoded.hash)
         if problem:
             if problem not in p.skipped:
                 p.first_skipped[problem] = str(record)
                 tqdm.write(f"skipped, {problem}: {record} (the first; report.json counts them)", file=sys.stderr)
             p.skipped[problem] = p.skipped.get(problem, 0) + 1
             return
-        p.documents_kept, p.tokens, p.bytes = p.documents_kept + 1, p.tokens + len(ids), p.bytes + num_bytes
-        self.ids.extend(ids)
-        self.offsets.append(len(self.ids))
+        for ids in encoded.documents:
+            self.ids.extend(ids)
+            self.offsets.append(len(self.ids))
+        self.trained += b"".join(encoded.trained)
+        self.hashes += encoded.hash if p.job["dedup"] else b""
+        num_tokens = sum(map(len, encoded.documents))
+        p.documents_kept, p.documents_written = p.documents_kept + 1, p.documents_written + len(encoded.documents)
+        p.tokens, p.bytes = p.tokens + num_tokens, p.bytes + encoded.num_bytes
+        p.trained_tokens += sum(map(sum, encoded.trained)) if encoded.trained else num_tokens
         if len(self.ids) >= p.job["shard_tokens"]:
             self.flush()
 
     def flush(self) -> None:
         """Write the shard, then that it is there; a run stopped in between writes the same shard again."""
-        p, vocabulary = self.progress, self.vocabulary
+        p, encoder = self.progress, self.encoder
         if not p.shards:
             self._begin()
         tokens = torch.frombuffer(self.ids, dtype=torch.uint16 if self.ids.typecode == "H" else torch.int32)
         tensors = {"tokens": tokens, "document_offsets": torch.frombuffer(self.offsets, dtype=torch.int64)}
-        metadata = {"tokenizer_sha256": vocabulary.sha256, "vocab_size": str(vocabulary.size)}
-        metadata["eos_token_id"] = "" if vocabulary.eos_id is None else str(vocabulary.eos_id)
-        self._publish(f"shard-{p.shards:05d}.safetensors", write_safetensors, tensors, metadata)
+        if self.trained:
+            tensors["trained"] = torch.frombuffer(self.trained, dtype=torch.bool)
+        if self.hashes:  # for a run that goes on from here
+            tensors["hashes"] = torch.frombuffer(self.hashes, dtype=torch.uint8).view(-1, 16)
+        metadata = {"tokenizer_sha256": encoder.sha256, "vocab_size": str(encoder.size)}
+        metadata["eos_token_id"] = "" if encoder.eos_id is None else str(encoder.eos_id)
+        self._publish(_shard_name(p.shards), write_safetensors, tensors, metadata)
         p.shards, p.seconds = p.shards + 1, time.perf_counter() - self.started
         self._publish("progress.json", write_json, asdict(p))
-        self.ids, self.offsets = array(self.ids.typecode), array("q", [0])
+        self._clear()
 
     def _begin(self):
         self.out.mkdir(parents=True, exist_ok=True)
-        for name in ("report.json", "progress.json", "tokenizer_config.json"):  # the report first: no more a dataset
+        stale = ("report.json", "progress.json", "tokenizer_config.json", "chat_template.jinja")
+        for name in stale:  # the report first: no more a dataset
             (self.out / name).unlink(missing_ok=True)
         for shard in self.out.glob("shard-*"):
             shard.unlink()
-        for name, content in self.vocabulary.files.items():
+        for name, content in self.encoder.files.items():
             self._publish(name, Path.write_bytes, content)
         self._publish("progress.json", write_json, asdict(Progress(self.progress.job)))
 
     def _publish(self, name, write, *content):
         tmp = self.out / (name + ".tmp")
-        write(tmp, *content)
-        with open(tmp) as file:
-            os.fsync(file.fileno())
-        tmp.replace(self.out / name)
+        try:
+            write(tmp, *content)
+            with open(tmp) as file:
+                os.fsync(file.fileno())
+            tmp.replace(self.out / name)
+        except OSError as error:  # a full disk
+            tmp.unlink(missing_ok=True)
+            raise UserError(
+                f"{self.out / name}: {error.strerror}; what is there is whole: the same command goes on from it"
+            ) from None
 
     def finish(self) -> dict:
         """Write what is left and report.json. -> its content. UserError if no document was kept."""
@@ -348,11 +341,15 @@ class ShardWriter:
         if len(self.ids):
             self.flush()
         p.seconds = time.perf_counter() - self.started
-        report = asdict(p) | {"vocab_size": self.vocabulary.size, "MB/s": round(p.bytes / 1e6 / p.seconds, 2)}
+        report = asdict(p) | {"vocab_size": self.encoder.size, "MB/s": round(p.bytes / 1e6 / p.seconds, 2)}
         report = report.pop("job") | {k: v for k, v in report.items() if k not in ("file", "record")}
         self._publish("report.json", write_json, report)
         (self.out / "progress.json").unlink(missing_ok=True)
         return report
+
+
+def _shard_name(i: int) -> str:
+    return f"shard-{i:05d}.safetensors"
 
 
 def main(args: list[str] | None = None) -> None:
@@ -367,6 +364,11 @@ def main(args: list[str] | None = None) -> None:
     add("--suffixes", nargs="+", default=SUFFIXES, help="files to take from folders (default: %(default)s)")
     add("--exclude", nargs="+", default=(), metavar="NAME", help="folders and files to leave out")
     add("--text-field", default="text", help="field of .jsonl, column of .parquet (default: %(default)s)")
+    add("--chat", action="store_true", help="records are conversations: messages, or prompt and completion")
+    add("--chat-template", metavar="FILE", help="jinja2, in the place of the tokenizer's own")
+    add("--begin-with", nargs="*", default=(), metavar="TOKEN", help="special tokens before each document")
+    add("--end-with", nargs="*", metavar="TOKEN", help="and behind it (default: end of text, if the tokenizer has it)")
+    add("--dedup", action="store_true", help="skip documents that have the same tokens as one before")
     add("--shard-tokens", type=int, default=100_000_000, help="a shard ends here (default: %(default)s)")
     add("--workers", type=int, help="processes (default: one a core)")
     add("--overwrite", action="store_true", help="replace what is in FOLDER")

@@ -1,19 +1,23 @@
 """Files -> records -> text: what tools/prepare_data.py reads, and what it counts as no document.
 
-A .txt file is one record, as is a file of any other plain-text suffix; .jsonl has one in each line, .parquet in each
-row. A record is the bytes as they lie in the file; text_of() makes a document of it, or says why it is none.
+A .txt file is one record, as is a file of any other plain-text suffix; .jsonl has one in each line, .parquet and .arrow
+in each row. A record is the bytes as they lie in the file; text_of() or row_of() makes a text or a JSON object of it,
+or says why it is none. A folder that datasets' save_to_disk wrote has the .arrow files that its state.json lists.
 """
 
 import gzip
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from minitrain.config import UserError
+from minitrain.storage import read_json
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+TABLES = (".parquet", ".arrow")
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", *TABLES)
+CHAT_FIELDS = ("messages", "tools", "prompt", "completion")
 
 
 class Record(NamedTuple):
@@ -30,7 +34,7 @@ class Record(NamedTuple):
         return self.path.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst"))
 
     def __str__(self):
-        return f"{self.path}:{self.number}" if self.is_json or self.path.endswith(".parquet") else self.path
+        return f"{self.path}:{self.number}" if self.is_json or self.path.endswith(TABLES) else self.path
 
 
 class Skip(Exception):
@@ -51,6 +55,10 @@ def find_files(inputs: list[Path], suffixes: tuple, exclude: set) -> tuple[list[
         found = [str(path)] if path.is_file() else []
         for folder, folders, names in os.walk(path):
             folders[:] = sorted(set(folders) - exclude)
+            if "dataset_dict.json" in names:
+                raise UserError(f"{folder}: holds several splits; give one of them: {', '.join(folders)}")
+            if "state.json" in names and any(name.endswith(".arrow") for name in names):
+                names = [entry["filename"] for entry in read_json(Path(folder) / "state.json")["_data_files"]]
             found += [os.path.join(folder, n) for n in sorted(set(names) - exclude) if n.endswith(suffixes)]
         sizes = [(name, os.path.getsize(name)) for name in found if os.path.isfile(name)]
         listed.append({"path": str(path), "files": len(sizes), "bytes": sum(size for _, size in sizes)})
@@ -60,12 +68,13 @@ def find_files(inputs: list[Path], suffixes: tuple, exclude: set) -> tuple[list[
     return files, listed
 
 
-def read_records(path: str, file: int, text_field: str) -> Iterator[Record]:
-    """All of a file. UserError if it cannot be read or is damaged."""
+def read_records(path: str, file: int, fields: Sequence[str]) -> Iterator[Record]:
+    """All of a file. Of a table one field is text as it is; several are a JSON object of those that there are.
+    UserError if it cannot be read or is damaged."""
     try:
         with open(path, "rb") as handle:
-            if path.endswith(".parquet"):
-                pieces = _parquet_rows(path, text_field)
+            if path.endswith(TABLES):
+                pieces = _table_rows(path, handle, fields)
             elif path.endswith(".jsonl.zst"):
                 pieces = _zst_lines(handle)
             elif path.endswith(".jsonl.gz"):
@@ -99,36 +108,66 @@ def _zst_lines(handle) -> Iterator[bytes]:
         yield tail
 
 
-def _parquet_rows(path, text_field) -> Iterator[bytes | None]:
+def _table_rows(path, handle, fields) -> Iterator[bytes | None]:
+    import pyarrow
     from pyarrow import parquet
 
-    with parquet.ParquetFile(path) as table:
-        if text_field not in table.schema_arrow.names:
-            raise UserError(
-                f"{path}: no column {text_field!r} but {', '.join(table.schema_arrow.names)}; see --text-field"
-            )
-        for rows in table.iter_batches(1024, columns=[text_field]):
-            # as bytes: the library does not check UTF-8 before it makes a str
+    if path.endswith(".parquet"):
+        table = parquet.ParquetFile(path)
+        schema, batches = table.schema_arrow, lambda names: table.iter_batches(1024, columns=names)
+    else:
+        table = pyarrow.ipc.open_stream(handle)
+        schema, batches = table.schema, lambda names: (batch.select(names) for batch in table)
+    names = [name for name in fields if name in schema.names]
+    if not names:
+        raise UserError(
+            f"{path}: no column {' or '.join(map(repr, fields))} but {', '.join(schema.names)}; see --text-field"
+        )
+    for rows in batches(names):
+        if len(fields) > 1:
+            yield from (json.dumps(row).encode() for row in rows.to_pylist())
+        else:  # as bytes: the library does not check UTF-8 before it makes a str
             yield from (value.as_py() for value in rows.column(0).cast("large_binary"))
 
 
-def text_of(record: Record, text_field: str) -> tuple[str, int]:
-    """Its document, and how many bytes that is in UTF-8. Raises Skip."""
-    if record.raw is None:
-        raise Skip("missing field")
+def row_of(record: Record) -> dict:
+    """Its JSON object. Raises Skip."""
+    if not record.raw.strip():
+        raise Skip("empty")
     try:
-        text = record.raw.decode().removeprefix("\ufeff")
-        if record.is_json:
-            row = json.loads(text) if text.strip() else {text_field: ""}
-            text = row.get(text_field) if isinstance(row, dict) else None
-            if not isinstance(text, str):
-                raise Skip("missing field")
-            text = text.removeprefix("\ufeff")
-        size = len(text.encode())
+        row = json.loads(record.raw.decode().removeprefix("\ufeff"))
     except UnicodeError:
         raise Skip("invalid UTF-8") from None
     except (ValueError, RecursionError):
         raise Skip("broken JSON") from None
+    if not isinstance(row, dict):
+        raise Skip("missing field")
+    return row
+
+
+def text_of(record: Record, text_field: str) -> tuple[str, int]:
+    """Its text, and how many bytes that is in UTF-8. Raises Skip."""
+    if record.is_json:
+        text = row_of(record).get(text_field)
+        if not isinstance(text, str):
+            raise Skip("missing field")
+    elif record.raw is None:
+        raise Skip("missing field")
+    else:
+        try:
+            text = record.raw.decode()
+        except UnicodeError:
+            raise Skip("invalid UTF-8") from None
+    text = text.removeprefix("\ufeff")
+    size = utf8_bytes(text)
     if not text:
         raise Skip("empty")
     return text, size
+
+
+def utf8_bytes(text: str) -> int:
+    """Raises Skip for half of a surrogate pair, which JSON can spell."""
+    try:
+        return len(text.encode())
+    except UnicodeError:
+        raise Skip("invalid UTF-8") from None

@@ -1,0 +1,34 @@
+"""Held-out loss and perplexity of each source, by the loss that trains."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from minitrain.data import PackedData
+from minitrain.parallel.mesh import Mesh
+
+_UNIT = 2**-20  # nats; sums of whole numbers are the same in any order, and so for any number of ranks
+
+
+@torch.no_grad()
+def validate(model: nn.Module, data: PackedData, loss_fn: Callable, mesh: Mesh) -> list[dict]:
+    """-> for each source that has held-out documents {"source", "loss", "perplexity", "trained_tokens"}.
+
+    loss: mean over the tokens that are trained on, in nats. FloatingPointError if it is no number.
+    """
+    results = []
+    for source, rows in data.held_out_rows().items():
+        losses, tokens = [], 0
+        for batch in rows:
+            losses.append(loss_fn(model(batch), model.lm_head, batch)[0].double())
+            tokens += batch.num_targets
+        losses = torch.stack(losses).tolist()
+        if not math.isfinite(sum(losses)):
+            raise FloatingPointError(f"validation on {source}: loss {sum(losses)}")
+        total, tokens = mesh.sum(sum(round(loss / _UNIT) for loss in losses)), mesh.sum(tokens)
+        loss = total * _UNIT / max(1, tokens)
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        results.append({"source": source, "loss": loss, "perplexity": perplexity, "trained_tokens": tokens})
+    return results
