@@ -65,7 +65,7 @@ class PackedData:
         return self
 
     def __next__(self) -> list[Batch]:
-        if self.ahead is None and self.mesh.rank == 0:
+        if self.ahead is None and self.mesh.dp_rank == 0:
             self._show_next()
         rows, self.place = self.ahead.result() if self.ahead else self.make_step()
         self.step += 1

@@ -239,7 +239,7 @@ def test_any_number_of_ranks_makes_the_same_stream_also_across_resumes(tmp_path,
 
 
 def test_rows_that_cannot_be_dealt_evenly_are_refused(tmp_path):
-    with pytest.raises(UserError, match="rows_per_step=4: must be a multiple of the 3 ranks"):
+    with pytest.raises(UserError, match="rows_per_step=4 is not divisible by the 3 ranks"):
         ranks(mixture(tmp_path, rows_per_step=4), 3)
 
 
