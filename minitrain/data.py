@@ -112,7 +112,10 @@ class PackedData:
             if was <= len(source.trained.length) < now:
                 log.info("%s has been read to its end and is read again, in another order", source.path)
         n, rank = len(parts) // self.mesh.dp_size, self.mesh.dp_rank
-        rows = [self.make_row(p, self.stream.pieces) for p in parts[rank * n : (rank + 1) * n]]
+        parts = parts[rank * n : (rank + 1) * n]
+        for part in itertools.chain.from_iterable(parts):  # all at once: one after the other a cold disk is slow
+            self.stream.pieces[part.source].shards[part.shard].will_need(part.start, part.length)
+        rows = [self.make_row(p, self.stream.pieces) for p in parts]
         return [row.pin_memory() for row in rows] if self.mesh.device.type == "cuda" else rows, self.stream.state()
 
     def held_out_rows(self) -> dict[str, Iterator[Batch]]:

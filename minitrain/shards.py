@@ -10,6 +10,7 @@ pieces    documents, and parts of those longer than max_seqlen; a table, for tra
 
 import ctypes
 import logging
+import mmap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from minitrain.config import DataConfig, UserError
 from minitrain.storage import open_safetensors, sha256
 
 log = logging.getLogger(__name__)
+_libc = ctypes.CDLL(None)
 
 
 @dataclass
@@ -30,11 +32,15 @@ class Shard:
     trained: Tensor | None  # (n,) bool, mapped; None: all tokens
 
     def __post_init__(self):
-        # Slices of these cost a tenth of those of tensors.
-        self.token_bytes, self.trained_bytes = (
-            _memory(self.tokens),
-            None if self.trained is None else _memory(self.trained),
-        )
+        self.token_bytes = _memory(self.tokens)  # slices of it cost a tenth of a tensor's
+        self.trained_bytes = None if self.trained is None else _memory(self.trained)
+
+    def will_need(self, start: int, length: int) -> None:
+        """Begin to read these tokens from the disk, and do not wait for them."""
+        size = self.tokens.element_size()
+        address = self.tokens.data_ptr() + size * start
+        page = address % mmap.PAGESIZE
+        _libc.madvise(ctypes.c_void_p(address - page), ctypes.c_size_t(size * length + page), mmap.MADV_WILLNEED)
 
 
 @dataclass
