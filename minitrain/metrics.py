@@ -97,7 +97,7 @@ class Flops:
 class Log:
     """`with Log(...) as log`: one line a step in metrics.jsonl, and every log_every steps one on the console.
 
-    Lines are written when one on the console is due; speeds in them are means since the one before.
+    Lines are written when one on the console is due; speeds in them, and its loss, are means since the one before.
     On several ranks, rank 0 writes and prints; but for tokens_per_s, of all, speeds and expert loads are its own.
     Raises FloatingPointError if a loss or gradient norm is no number; the weights are then those before that step.
     """
@@ -193,7 +193,8 @@ class Log:
                     "the weights are those before this step"
                 )
         if self.writes:
-            self.bar.write(_console_line(rows[-1]))
+            loss = sum(row["loss"] for row in rows) / len(rows)  # of one step alone it jumps too much to be watched
+            self.bar.write(_console_line(rows[-1] | {"loss": loss}))
         self._start_window()
 
     def _speed(self, seconds) -> dict:

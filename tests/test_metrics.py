@@ -1,5 +1,7 @@
 """The meter against arithmetic by hand, and what metrics.jsonl and the console say."""
 
+import re
+
 import pytest
 import torch
 from conftest import TINY, read_metrics, tiny_run
@@ -116,6 +118,13 @@ def test_the_meter_counts_the_pairs_of_the_documents_that_came(corpus, tmp_path)
     for row, batches in zip(read_metrics(tmp_path / "run"), data, strict=False):
         pairs = sum(n**2 for batch in batches for n in batch.cu_seqlens_q.diff().tolist())
         assert row["tflops_c"] / row["tokens_per_s"] == pytest.approx(flops.causal(128, pairs) / 128 / 1e12)
+
+
+def test_the_consoles_loss_is_the_mean_since_the_line_before(corpus, tmp_path, capsys):
+    train(tiny_run(corpus, tmp_path / "run", train={"steps": 6, "log_every": 3}))
+    shown = [float(loss) for loss in re.findall(r"^step .*?loss ([\d.]+)", capsys.readouterr().out, re.M)]
+    losses = [row["loss"] for row in read_metrics(tmp_path / "run")]
+    assert shown == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:]) / 3], abs=1e-4)
 
 
 def test_an_unknown_device_gets_tflops_and_no_percentage(corpus, tmp_path, capsys):
