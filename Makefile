@@ -1,5 +1,5 @@
 # make quickstart   install, then train a small Qwen3 on Python's own library and let it write code
-# make test         the tests;  make lint;  make bench [CONFIG=...]
+# make test         the tests;  make test-slow, those that take longer;  make lint;  make bench [CONFIG=...]
 # TORCH names the torch to install, for example TORCH=torch==2.10.0 or a wheel of a CPU-only build.
 
 TORCH ?= torch>=2.10
@@ -7,7 +7,7 @@ PYTHON ?= python3
 CONFIG ?= configs/quickstart.toml
 PY := .venv/bin/python
 
-.PHONY: quickstart test lint bench
+.PHONY: quickstart test test-slow lint bench
 
 quickstart: .venv/ready
 	$(PY) tools/prepare_data.py "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" --suffixes .py \
@@ -16,7 +16,10 @@ quickstart: .venv/ready
 	$(PY) -m minitrain --config configs/quickstart.toml
 
 test: .venv/ready
-	$(PY) -m pytest
+	$(PY) -m pytest -m 'not slow'
+
+test-slow: .venv/ready
+	$(PY) -m pytest -m slow
 
 lint: .venv/ready
 	$(PY) -m ruff check .
