@@ -32,6 +32,11 @@ def main() -> None:
         fail(f"error: {error}", 2)
     except torch.OutOfMemoryError as error:
         fail(f"error: {str(error).splitlines()[0]} Lower data.tokens_per_row, or set train.recompute to full.", 2)
+    except SystemExit as stop:  # --help, and being asked to stop
+        if stop.code and mesh.is_first():
+            print("stopped by a signal; the same command goes on from here", file=sys.stderr)
+        mesh.leave()
+        raise
     except KeyboardInterrupt:
         fail("\nstopped; the same command goes on from the newest checkpoint, if there is one", 130)
     except Exception:
