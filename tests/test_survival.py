@@ -93,14 +93,14 @@ def train_and_die(cfg, announced, at, after):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_at_any_instant_loses_nothing_that_was_announced(corpus, tmp_path, kills):
-    """A save touches files about 15 times, to write, rename and delete: a kill is equally likely at each of them."""
+    """A save touches files 18 times, to write, rename and delete: each of them is a kill's turn."""
     calm, killed = (short_run(corpus, tmp_path / name, 4 * kills, every=1, keep=2) for name in ("calm", "killed"))
     calm.checkpoint.every = 0
     train(calm)
     random, announced = Random(0), tmp_path / "announced"
     announced.touch()
-    for _ in range(kills):
-        instant = random.randint(1, 50), random.choice([0, 0.002 * random.random()])
+    for i in range(kills):
+        instant = 20 + i % 18 + 18 * random.randint(0, 1), random.choice([0, 0.002 * random.random()])
         assert end(start(train_and_die, killed, announced, *instant)) == -signal.SIGKILL
         last = [line for line in announced.read_text().splitlines() if line.startswith("saved ")][-1:]
         whole = checkpoints(killed)
