@@ -77,7 +77,8 @@ def write_manifest(folder: Path, about: dict, parts: list[dict]) -> None:
             tensors.setdefault(name, {**tensor, "pieces": []})["pieces"] += tensor["pieces"]
     for tensor in tensors.values():
         tensor["pieces"].sort(key=lambda piece: piece["first"])
-    body = json.dumps({"format": FORMAT, **about, "files": files, "tensors": tensors}, indent=2).removesuffix("\n}")
+    manifest = {"format": FORMAT, **about, "files": files, "tensors": dict(sorted(tensors.items()))}
+    body = json.dumps(manifest, indent=2).removesuffix("\n}")
     write_text(folder / "manifest.json", f'{body}{_SEAL}"{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n')
 
 

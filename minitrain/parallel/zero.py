@@ -140,7 +140,7 @@ class MasterOptimizer:
             pieces[f"model.{name}"] = Piece(master.detach(), first, shape)
             for key, value in self.optimizer.state.get(master, {}).items():
                 full_name = f"optimizer.{name}.{key}"
-                self._check_state(full_name, value, master)
+                self._check_state(f"{name}.{key}", value, master)
                 if value.ndim and self._is_cut:
                     pieces[full_name] = Piece(value, first, shape)
                 elif first == 0:  # a scalar, such as a count of steps, is the same for all pieces
