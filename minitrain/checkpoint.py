@@ -182,7 +182,8 @@ class Checkpointer:
         for name, (get_state, _) in self._generators().items():
             state = get_state()
             pieces[name] = Piece(state, 0, state.shape)
-        copies = {name: Piece(self._copy(name, p.values), p.first, p.shape) for name, p in pieces.items()}
+        with self.lane.beside():
+            copies = {name: Piece(self._copy(name, p.values), p.first, p.shape) for name, p in pieces.items()}
         self.mark = self.lane.mark()
         data = self.data.state() if hasattr(self.data, "load_state") else None
         self.running = self.thread.submit(self._save, {"step": step, "data": data, **self.about}, copies, self.mark)
@@ -203,8 +204,7 @@ class Checkpointer:
         """In host memory, for a GPU pinned, complete after a mark on the lane."""
         if name not in self.host:
             self.host[name] = torch.empty(values.shape, dtype=values.dtype, pin_memory=self.mesh.device.type == "cuda")
-        with self.lane.beside():
-            self.host[name].copy_(values, non_blocking=True)
+        self.host[name].copy_(values, non_blocking=True)
         if values.is_cuda:
             values.record_stream(self.lane.stream)
         return self.host[name]

@@ -3,14 +3,17 @@
 import os
 import signal
 import threading
+import time
 
 STOP = (signal.SIGTERM, signal.SIGUSR1)
 EXIT_CODE = 128 + signal.SIGTERM  # what a shell says of a program that SIGTERM ended
 
 
 class StopSignals:
-    """`with StopSignals() as stop:` the first signal makes stop.asked true, the second ends the process at once.
+    """`with StopSignals() as stop:` the first signal makes stop.asked true, the next ends the process at once.
 
+    What comes within a second of the first is the same request: a scheduler signals all processes, and torchrun passes
+    on to its ranks what it got itself.
     A thread reads them, since Python's own handlers wait while the main thread waits for other ranks. In a thread that
     is not the main one nothing is changed.
     """
@@ -36,9 +39,10 @@ class StopSignals:
             os.close(self.pipe)  # ends the thread
 
     def _watch(self, out: int) -> None:
+        first = None
         with open(out, "rb", buffering=0) as numbers:
             while number := numbers.read(1):
                 if number[0] in STOP:
-                    if self.asked:
+                    self.asked, first = True, first or time.monotonic()
+                    if time.monotonic() - first > 1:
                         os._exit(EXIT_CODE)
-                    self.asked = True

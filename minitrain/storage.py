@@ -38,7 +38,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_MAX_HEADER_BYTES = 10 << 20
+MAX_HEADER_BYTES = 10 << 20
 _MAX_TENSORS = 200_000
 
 
@@ -94,7 +94,7 @@ def open_safetensors(path: Path) -> safe_open:
     try:
         with open(path, "rb") as file:
             size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
-        if length > min(size - 8, _MAX_HEADER_BYTES):
+        if length > min(size - 8, MAX_HEADER_BYTES):
             raise UserError(f"{path}: not a whole safetensors file: its header claims {length} bytes of {size}")
         reader = safe_open(path, framework="pt")
         if len(reader.keys()) > _MAX_TENSORS:

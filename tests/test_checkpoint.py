@@ -13,6 +13,8 @@ from random import Random
 import pytest
 import torch
 from conftest import TINY, read_metrics, tiny_run, write_corpus
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from minitrain import PackedData, Qwen3Config, Qwen3MoeConfig, UserError, build_model, train
 from minitrain.config import to_toml
@@ -294,6 +296,46 @@ def test_a_foreign_manifest_is_refused(stopped, change, complaint):
         body = text.removesuffix(',\n  "sha256": ""\n}')
         path.write_text(f'{body},\n  "sha256": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n')
     refuse(stopped, complaint)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+def leaf_of(value, choose):
+    """A random place in a value: (container, key)."""
+    while True:
+        key = choose(sorted(value) if isinstance(value, dict) else range(len(value)))
+        if not isinstance(value[key], dict | list) or not value[key] or choose([False, False, False, True]):
+            return value, key
+        value = value[key]
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(random=st.randoms(use_true_random=False), other=JSON)
+def test_no_manifest_makes_a_traceback(stopped, random, other):
+    """Any value in any place, sealed: it is refused in one line, or it was none of the reader's business."""
+    path = newest(stopped) / "manifest.json"
+    text = path.read_text()
+    manifest = json.loads(text)
+    container, key = leaf_of(manifest, random.choice)
+    container[key] = other
+    manifest.pop("sha256", None)
+    body = json.dumps(manifest, indent=2).removesuffix("\n}")
+    path.write_text(f'{body},\n  "sha256": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n')
+    try:
+        saved = Saved(newest(stopped))
+        for file in saved.files:
+            saved.verify(file)
+        for name in saved.tensors:
+            saved.read(name)
+    except UserError as error:
+        assert "\n" not in str(error)
+    finally:
+        path.write_text(text)
 
 
 def test_other_formats_are_refused(stopped):

@@ -116,13 +116,13 @@ def test_a_run_that_is_killed_at_any_instant_loses_nothing_that_was_announced(co
 # ---- signals
 
 
-def train_and_signal(cfg, step, *signals):
-    """The process sends itself these after that many steps, and sleeps a little after each."""
+def train_and_signal(cfg, step, pause, *signals):
+    """The process sends itself these after that many steps, with a pause in seconds after each."""
 
     def send(done, *_):
         for number in signals if done == step else ():
             os.kill(os.getpid(), number)
-            time.sleep(0.5)
+            time.sleep(pause)
 
     train(cfg, on_step=send)
 
@@ -131,7 +131,7 @@ def train_and_signal(cfg, step, *signals):
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_bitwise(corpus, tmp_path, number):
     calm, stopped = (short_run(corpus, tmp_path / name, 8) for name in ("calm", "stopped"))
     train(calm)
-    assert end(start(train_and_signal, stopped, 3, number)) == 143
+    assert end(start(train_and_signal, stopped, 3, 0.5, number)) == 143
     assert list(checkpoints(stopped)) == [4]  # the step that began after it
     train(stopped)
     assert losses(stopped) == losses(calm) and tensors(stopped) == tensors(calm)
@@ -139,8 +139,15 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_bitwise(corpus, tmp_path,
 
 def test_a_second_signal_ends_a_run_at_once(corpus, tmp_path):
     cfg = short_run(corpus, tmp_path / "run", 8)
-    assert end(start(train_and_signal, cfg, 3, signal.SIGUSR1, signal.SIGTERM)) == 143
+    assert end(start(train_and_signal, cfg, 3, 1.2, signal.SIGUSR1, signal.SIGTERM)) == 143
     assert not checkpoints(cfg)
+
+
+def test_a_signal_that_comes_twice_at_once_is_one_request(corpus, tmp_path):
+    """As when a scheduler signals every process, and torchrun passes it on."""
+    cfg = short_run(corpus, tmp_path / "run", 8)
+    assert end(start(train_and_signal, cfg, 3, 0.1, signal.SIGTERM, signal.SIGTERM)) == 143
+    assert list(checkpoints(cfg)) == [4]
 
 
 def test_signals_are_as_before_when_a_run_has_ended(corpus, tmp_path):
@@ -153,7 +160,7 @@ def test_signals_are_as_before_when_a_run_has_ended(corpus, tmp_path):
 def signal_one_rank(cfg):
     rank = torch.distributed.get_rank()
     with pytest.raises(SystemExit) as stop:
-        train_and_signal(cfg, 3, *[signal.SIGTERM] * rank)
+        train_and_signal(cfg, 3, 0.5, *[signal.SIGTERM] * rank)
     assert stop.value.code == 143
 
 
