@@ -36,6 +36,7 @@ from minitrain.storage import lock_folder, sync_folder
 log = logging.getLogger(__name__)
 
 _PATIENCE = timedelta(hours=1)  # of ranks whose disks are fast with those whose are not
+_LAST_WAIT_S = 60  # for a save, when the run has failed on several ranks: others may be gone
 
 
 class Checkpointer:
@@ -81,13 +82,13 @@ class Checkpointer:
 
     def __exit__(self, failed, *_) -> None:
         try:
-            self.wait()
+            self.wait(_LAST_WAIT_S if failed and self.group is not None else None)
         except Exception as error:
             if not failed:
                 raise
-            log.error("%s", error)  # beside what ends the run
+            log.error("the save that ran did not end well: %r", error)  # beside what ends the run
         finally:
-            self.thread.shutdown()
+            self.thread.shutdown(wait=not failed)
             if self.lock is not None:
                 os.close(self.lock)
 
@@ -127,6 +128,10 @@ class Checkpointer:
             raise Damaged(f"{path}: its manifest is of step {saved.manifest['step']}")
         for file in saved.files[self.mesh.rank :: self.mesh.size]:
             saved.verify(file)
+        self._check_fits(path, saved)
+
+    def _check_fits(self, path: Path, saved: Saved) -> None:
+        """UserError if it is of another optimizer, model or kind of data."""
         there, here = saved.manifest["optimizer"], self.about["optimizer"]
         if there != here:
             raise UserError(f"{path}: of another optimizer: {there} there, {here} here")
@@ -138,6 +143,11 @@ class Checkpointer:
             raise UserError(
                 f"{path}: of another model: {n.removeprefix('model.')} is {texts[0]} there and {texts[1]} in the config"
             )
+        for name in saved.tensors:
+            kind, _, rest = name.partition(".")
+            param = rest.rpartition(".")[0]
+            if kind == "optimizer" and f"model.{param}" not in here:
+                raise UserError(f"{path}: of another model: it has {name}, and the config has no {param}")
         if (saved.manifest["data"] is not None) != hasattr(self.data, "load_state"):
             raise UserError(f"{path}: of a run on another kind of data: one has state() and load_state(), one has not")
 
@@ -194,11 +204,11 @@ class Checkpointer:
             self.wait()
         self.lane.wait(self.mark)
 
-    def wait(self) -> None:
+    def wait(self, timeout_s: float | None = None) -> None:
         """Until the save that runs has ended. Raises its error."""
         if self.running:
             running, self.running = self.running, None
-            running.result()
+            running.result(timeout_s)
 
     def _copy(self, name: str, values: Tensor) -> Tensor:
         """In host memory, for a GPU pinned, complete after a mark on the lane."""
@@ -222,7 +232,7 @@ class Checkpointer:
             if self.mesh.rank == 0:
                 shutil.rmtree(tmp, ignore_errors=True)
             newest = self.find()[-1].name if self.find() else "none"
-            raise UserError(f"{path}: not saved: {error}; the newest checkpoint is {newest}") from None
+            raise UserError(f"{path}: saving failed: {error}; the newest checkpoint is {newest}") from None
 
     def _write(self, tmp: Path, pieces: dict[str, Piece]) -> dict:
         tmp.mkdir(parents=True, exist_ok=True)

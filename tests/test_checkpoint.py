@@ -20,7 +20,7 @@ from minitrain import PackedData, Qwen3Config, Qwen3MoeConfig, UserError, build_
 from minitrain.config import to_toml
 from minitrain.models import init_weights
 from minitrain.parallel.mesh import Mesh
-from minitrain.pieces import Saved, write_manifest
+from minitrain.pieces import Piece, Saved, write_manifest, write_pieces
 
 ROOT = Path(__file__).parents[1]
 TIED = Qwen3Config(**TINY)
@@ -368,6 +368,16 @@ def test_fallback_goes_on_from_the_checkpoint_before(corpus, tmp_path):
 @pytest.mark.parametrize("other", [LARGER, WIDER, MOE], ids=["layers", "width", "moe"])
 def test_another_model_is_refused(stopped, other):
     refuse(dataclasses.replace(stopped, model=other), r"of another model: layers\..* is .* there and .* in the config")
+
+
+def test_state_of_a_parameter_that_the_model_has_not_is_refused(stopped):
+    saved = Saved(newest(stopped))
+    pieces = {name: Piece(saved.read(name).clone(), 0, shape) for name, (_, shape) in saved.tensors.items()}
+    pieces["optimizer.tail.weight.exp_avg"] = Piece(torch.ones(2), 0, torch.Size([2]))
+    about = {key: saved.manifest[key] for key in ("step", "data", "config", "dtype", "optimizer", "versions")}
+    part = write_pieces(newest(stopped) / "rank-00000.safetensors", pieces)
+    write_manifest(newest(stopped), about, [part])
+    refuse(stopped, r"another model: it has optimizer\.tail\.weight\.exp_avg, and the config has no tail\.weight")
 
 
 def test_another_corpus_is_refused(stopped, tmp_path):

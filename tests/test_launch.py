@@ -107,8 +107,8 @@ def test_a_scheduler_that_ends_torchrun_finds_the_run_saved(launch, tmp_path):
     process = launch()
     wait_for_steps(tmp_path / "run")
     os.killpg(process.pid, signal.SIGTERM)  # all at once, as scancel does; torchrun passes it on to the ranks
-    _, err = end(process)
-    assert err.count("stopped by a signal; the same command goes on from here") == 1
+    out, _ = end(process)
+    assert out.count("stopped by a signal; the same command goes on from the newest checkpoint") == 1
     step = int((tmp_path / "run" / "checkpoints" / "latest").readlink().name[5:])
     assert len(read_metrics(tmp_path / "run")) == step
 

@@ -256,7 +256,7 @@ def whole_disk():
 
 def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(corpus, tmp_path, whole_disk):
     cfg = short_run(corpus, tmp_path / "run", 9, every=3)
-    complaint = "step-00000006: not saved: .*File too large.*; the newest checkpoint is step-00000003"
+    complaint = "step-00000006: saving failed: .*File too large.*; the newest checkpoint is step-00000003"
     with pytest.raises(UserError, match=complaint):
         train(cfg, on_step=fill_disk)
     assert list(checkpoints(cfg)) == [3]
@@ -268,7 +268,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(corpus, tmp_path
 
 def fill_disk_of_one_rank(cfg):
     """What rank 1 cannot write, no rank calls saved."""
-    with pytest.raises(UserError, match=r"step-00000006: not saved: .*File too large"):
+    with pytest.raises(UserError, match=r"step-00000006: saving failed: .*File too large"):
         train(cfg, on_step=fill_disk if torch.distributed.get_rank() == 1 else None)
 
 
