@@ -18,6 +18,7 @@ from minitrain.config import Config, UserError, load_config, take_config
 from minitrain.generate import generate
 from minitrain.hf import default_config, end_of_text, load_tokenizer
 from minitrain.parallel import mesh
+from minitrain.signals import EXIT_CODE
 from minitrain.train import train
 
 
@@ -32,6 +33,11 @@ def main() -> None:
         fail(f"error: {error}", 2)
     except torch.OutOfMemoryError as error:
         fail(f"error: {str(error).splitlines()[0]} Lower data.tokens_per_row, or set train.recompute to full.", 2)
+    except SystemExit as stop:  # --help, and being asked to stop
+        if stop.code == EXIT_CODE and mesh.is_first():
+            print("stopped by a signal; the same command goes on from the newest checkpoint, if there is one")
+        mesh.leave()
+        raise
     except KeyboardInterrupt:
         fail("\nstopped; the same command goes on from the newest checkpoint, if there is one", 130)
     except Exception:

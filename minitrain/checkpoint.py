@@ -1,123 +1,273 @@
-"""Checkpoints: a folder a step, whole or not there, no pickle.
+"""Checkpoints: saved beside the training, whole or not there, resumed on any number of ranks and any stage of ZeRO.
 
-    run_dir/checkpoints/step-00001000/
-        model.safetensors        master weights by parameter name, fp32
-        optimizer.safetensors    the optimizer's tensors, "parameter's name.key"
-        manifest.json            step, place in the data, sha256 of both files; written last
+    run_dir/checkpoints/
+        step-00001000/    a checkpoint (pieces.py has the format)
+        latest            a link to the newest, for people; a run looks for the newest itself
+        step-N.tmp .old   being written, being deleted: cleared away by the next run
+        step-N.damaged    set aside with checkpoint.fallback
 
-The folder is filled under a temporary name, synced, and renamed: what bears the final name is complete.
+A save:  copy to host memory | each rank writes its file | rank 0: manifest, rename, latest | delete what is old
+         on a stream beside  | in a thread, while training goes on; all is synced before it is named
+Between the parts of a save ranks tell each other how it went: what one of them raises, all raise.
 """
 
+import functools
 import logging
+import os
+import platform
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
-from minitrain.config import CheckpointConfig, UserError
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minitrain.config import Config, UserError
+from minitrain.parallel.comm import Lane
 from minitrain.parallel.mesh import Mesh
 from minitrain.parallel.zero import MasterOptimizer
-from minitrain.storage import NewFolder, open_safetensors, read_json, send_pieces, sha256, write_json, write_safetensors
+from minitrain.pieces import Damaged, Piece, Saved, write_manifest, write_pieces
+from minitrain.storage import lock_folder, sync_folder
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-FILES = ("model.safetensors", "optimizer.safetensors")
+_PATIENCE = timedelta(hours=1)  # of ranks whose disks are fast with those whose are not
+_LAST_WAIT_S = 60  # for a save, when the run has failed on several ranks: others may be gone
 
 
 class Checkpointer:
-    """Saves and restores weights, optimizer and data of one run.
+    """`with Checkpointer(...) as ckpt:` saves and restores weights, optimizer, data and random generators of one run.
 
-    data: with state() and load_state(), its place is stored; any other iterator is advanced step by step on resume.
+    Inside, the run's folder is this run's own; at the end the save that runs is waited for. All ranks call everything
+    together. data: with state() and load_state(), its place is stored; any other iterator is advanced step by step on
+    resume.
     """
 
-    def __init__(self, cfg: CheckpointConfig, run_dir: Path, opt: MasterOptimizer, data, mesh: Mesh):
-        self.cfg, self.opt, self.data, self.mesh = cfg, opt, data, mesh
-        self.folder = run_dir / "checkpoints"
-        if not cfg.resume and (self.find() or (run_dir / "metrics.jsonl").exists()):
-            raise UserError(f"{run_dir} holds a run already and checkpoint.resume is false; choose another run_dir")
+    def __init__(self, cfg: Config, opt: MasterOptimizer, data, mesh: Mesh):
+        self.cfg, self.opt, self.data, self.mesh = cfg.checkpoint, opt, data, mesh
+        self.run_dir = Path(cfg.run_dir)
+        self.folder = self.run_dir / "checkpoints"
+        self.about = {
+            "config": asdict(cfg),
+            "dtype": str(next(iter(opt.params.values())).dtype).removeprefix("torch."),
+            "optimizer": type(opt.optimizer).__name__,
+            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        }
+        self.group = dist.new_group(backend="gloo", timeout=_PATIENCE) if mesh.size > 1 else None
+        self.lock: int | None = None
+        self.lane = Lane(mesh.device)
+        self.mark = None  # when the copy of the last save is done
+        self.host: dict[str, Tensor] = {}  # that copy, which the next save overwrites
+        self.thread = ThreadPoolExecutor(1)
+        self.running: Future | None = None
+
+    # ---- the run's folder
+
+    def __enter__(self) -> "Checkpointer":
+        self._together(self._begin, only_first=True)
+        return self
+
+    def _begin(self) -> None:
+        if not self.cfg.resume and (self.find() or (self.run_dir / "metrics.jsonl").exists()):
+            raise UserError(
+                f"{self.run_dir} holds a run already and checkpoint.resume is false; choose another run_dir"
+            )
+        self.lock = lock_folder(self.run_dir)
+        for leftover in [*self.folder.glob("step-*.tmp"), *self.folder.glob("step-*.old")]:
+            shutil.rmtree(leftover)
+
+    def __exit__(self, failed, *_) -> None:
+        try:
+            self.wait(_LAST_WAIT_S if failed and self.group is not None else None)
+        except Exception as error:
+            if not failed:
+                raise
+            log.error("the save that ran did not end well: %r", error)  # beside what ends the run
+        finally:
+            self.thread.shutdown(wait=not failed)
+            if self.lock is not None:
+                os.close(self.lock)
 
     def find(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
         return sorted(p for p in self.folder.glob("step-*") if p.name[5:].isdigit())
 
+    # ---- reading
+
     def resume(self) -> int:
         """Restore the newest checkpoint, if there is one. -> how many steps are done.
 
-        UserError if it is damaged, or of another model, optimizer or corpus; nothing is changed then.
+        UserError if it is damaged (with checkpoint.fallback, if all are), or of another model, optimizer or corpus;
+        nothing is changed then.
         """
         done = self.find()
         newest = int(done[-1].name[5:]) if done else 0
         if self.mesh.sum(newest) != newest * self.mesh.size:
             raise UserError(f"{self.folder}: not the same on all ranks; run_dir has to be where all nodes see it")
-        if not done:
-            return 0
-        path = done[-1]
-        manifest = _read_manifest(path)
-        if manifest["optimizer"] != self._optimizer:
-            raise UserError(f"{path}: of another optimizer: {manifest['optimizer']} there, {self._optimizer} here")
-        weights, state = (open_safetensors(path / file) for file in FILES)
-        shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-        wanted = {name: tuple(master.shape) for name, master in self.opt.weights().items()}
-        if wrong := [n for n in sorted(shapes | wanted) if shapes.get(n) != wanted.get(n)]:
+        for path in reversed(done):
+            try:
+                self._together(functools.partial(self._verify, path))
+            except Damaged as error:
+                if path == done[0] or not self.cfg.fallback:
+                    hint = "; checkpoint.fallback=true goes on from the one before it" if path != done[0] else ""
+                    raise Damaged(f"{error}{hint}") from None
+                log.warning("%s", error)
+                self._together(functools.partial(self._set_aside, path), only_first=True)
+            else:
+                return self._load(Saved(path))
+        return 0
+
+    def _verify(self, path: Path) -> None:
+        """That it is whole (each rank reads some of the files) and fits."""
+        saved = Saved(path)
+        if saved.manifest["step"] != int(path.name[5:]):
+            raise Damaged(f"{path}: its manifest is of step {saved.manifest['step']}")
+        for file in saved.files[self.mesh.rank :: self.mesh.size]:
+            saved.verify(file)
+        self._check_fits(path, saved)
+
+    def _check_fits(self, path: Path, saved: Saved) -> None:
+        """UserError if it is of another optimizer, model or kind of data."""
+        there, here = saved.manifest["optimizer"], self.about["optimizer"]
+        if there != here:
+            raise UserError(f"{path}: of another optimizer: {there} there, {here} here")
+        there = {name: tensor for name, tensor in saved.tensors.items() if name.startswith("model.")}
+        here = self.opt.tensors()
+        if wrong := [name for name in sorted(there | here) if there.get(name) != here.get(name)]:
             n = wrong[0]
-            there, here = shapes.get(n, "absent"), wanted.get(n, "absent")
-            raise UserError(f"{path}: of another model: {n} is {there} there and {here} in the config")
-        if (manifest["data"] is not None) != hasattr(self.data, "load_state"):
+            texts = [f"{tuple(t[n][1])} in {str(t[n][0])[6:]}" if n in t else "absent" for t in (there, here)]
+            raise UserError(
+                f"{path}: of another model: {n.removeprefix('model.')} is {texts[0]} there and {texts[1]} in the config"
+            )
+        for name in saved.tensors:
+            kind, _, rest = name.partition(".")
+            param = rest.rpartition(".")[0]
+            if kind == "optimizer" and f"model.{param}" not in here:
+                raise UserError(f"{path}: of another model: it has {name}, and the config has no {param}")
+        if (saved.manifest["data"] is not None) != hasattr(self.data, "load_state"):
             raise UserError(f"{path}: of a run on another kind of data: one has state() and load_state(), one has not")
+
+    def _set_aside(self, path: Path) -> None:
+        aside = path.with_name(path.name + ".damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+
+    def _load(self, saved: Saved) -> int:
+        manifest = saved.manifest
         if manifest["data"] is not None:
             self.data.load_state(manifest["data"])
         else:
             for _ in range(manifest["step"]):
                 next(self.data)
-        self.opt.load_weights(weights.get_tensor)
-        self.opt.load_state({name: state.get_tensor(name) for name in state.keys()})  # noqa: SIM118
-        log.info("resumed from %s", path)
+        self.opt.load(saved.tensors, saved.read)
+        for name, (_, set_state) in self._generators().items():
+            if name in saved.tensors:  # a rank that was not there keeps what it has
+                set_state(saved.read(name))
+        log.info("resumed from %s", saved.folder)
         return manifest["step"]
 
-    @property
-    def _optimizer(self) -> str:
-        return type(self.opt.optimizer).__name__
+    def _generators(self) -> dict[str, tuple[Callable, Callable]]:
+        """torch's own of this rank, by their names in a checkpoint: how to read and how to set their state."""
+        name, device = f"rng.{self.mesh.rank}", self.mesh.device
+        generators = {f"{name}.cpu": (torch.get_rng_state, torch.set_rng_state)}
+        if device.type == "cuda":
+            get, put = torch.cuda.get_rng_state, torch.cuda.set_rng_state
+            generators[f"{name}.cuda"] = functools.partial(get, device), functools.partial(put, device=device)
+        return generators
 
-    def is_due(self, step: int, steps: int) -> bool:
-        """After `step` of `steps` steps."""
-        return self.cfg.every > 0 and (step % self.cfg.every == 0 or step == steps)
+    # ---- writing
+
+    def is_due(self, step: int, steps: int, is_last: bool) -> bool:
+        """After `step` of `steps` steps; is_last: no more of them will be taken now."""
+        return self.cfg.every > 0 and (step % self.cfg.every == 0 or step == steps or is_last)
 
     def save(self, step: int) -> None:
-        """Write the state after `step` steps, then delete what is older than the newest cfg.keep.
+        """Begin to save the state after `step` steps. Waits for the save before it, and raises its error."""
+        self.wait()
+        pieces = self.opt.pieces()
+        for name, (get_state, _) in self._generators().items():
+            state = get_state()
+            pieces[name] = Piece(state, 0, state.shape)
+        with self.lane.beside():
+            copies = {name: Piece(self._copy(name, p.values), p.first, p.shape) for name, p in pieces.items()}
+        self.mark = self.lane.mark()
+        data = self.data.state() if hasattr(self.data, "load_state") else None
+        self.running = self.thread.submit(self._save, {"step": step, "data": data, **self.about}, copies, self.mark)
 
-        Called by all ranks: rank 0 writes, the others send it their pieces.
-        """
-        path, contents = self.folder / f"step-{step:08}", (self.opt.weights(), self.opt.state())
-        if self.mesh.rank > 0:
-            for tensors in contents:
-                send_pieces(dict(sorted(tensors.items())))
-            return
-        with NewFolder(path, replace=True) as tmp:
-            tensors = zip(FILES, contents, strict=True)
-            manifest = {
-                "format": FORMAT,
-                "step": step,
-                "optimizer": self._optimizer,
-                "data": self.data.state() if hasattr(self.data, "load_state") else None,
-                "sha256": {file: write_safetensors(tmp / file, dict(sorted(of.items()))) for file, of in tensors},
-            }
-            write_json(tmp / "manifest.json", manifest)
+    def before_step(self) -> None:
+        """Weights are about to change: on the device this waits for the copy. Raises the error of a save that ended."""
+        if self.running and self.running.done():
+            self.wait()
+        self.lane.wait(self.mark)
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Until the save that runs has ended. Raises its error."""
+        if self.running:
+            running, self.running = self.running, None
+            running.result(timeout_s)
+
+    def _copy(self, name: str, values: Tensor) -> Tensor:
+        """In host memory, for a GPU pinned, complete after a mark on the lane."""
+        if name not in self.host:
+            self.host[name] = torch.empty(values.shape, dtype=values.dtype, pin_memory=self.mesh.device.type == "cuda")
+        self.host[name].copy_(values, non_blocking=True)
+        if values.is_cuda:
+            values.record_stream(self.lane.stream)
+        return self.host[name]
+
+    def _save(self, about: dict, pieces: dict[str, Piece], mark: torch.cuda.Event | None) -> None:
+        """In the thread."""
+        if mark is not None:
+            mark.synchronize()
+        path = self.folder / f"step-{about['step']:08}"
+        tmp = path.with_name(path.name + ".tmp")
+        try:
+            parts = self._together(functools.partial(self._write, tmp, pieces))
+            self._together(functools.partial(self._publish, tmp, path, about, parts), only_first=True)
+        except OSError as error:
+            if self.mesh.rank == 0:
+                shutil.rmtree(tmp, ignore_errors=True)
+            newest = self.find()[-1].name if self.find() else "none"
+            raise UserError(f"{path}: saving failed: {error}; the newest checkpoint is {newest}") from None
+
+    def _write(self, tmp: Path, pieces: dict[str, Piece]) -> dict:
+        tmp.mkdir(parents=True, exist_ok=True)
+        return write_pieces(tmp / f"rank-{self.mesh.rank:05}.safetensors", pieces)
+
+    def _publish(self, tmp: Path, path: Path, about: dict, parts: list[dict]) -> None:
+        write_manifest(tmp, about, parts)
+        sync_folder(tmp)
+        tmp.rename(path)
+        sync_folder(self.folder)
+        link = self.folder / "latest.new"
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.name)
+        link.replace(self.folder / "latest")
+        sync_folder(self.folder)
+        log.info("saved %s", path)
         for old in self.find()[: -self.cfg.keep]:
-            shutil.rmtree(old)
+            if not (self.cfg.keep_every and int(old.name[5:]) % self.cfg.keep_every == 0):
+                gone = old.with_name(old.name + ".old")
+                old.rename(gone)  # what is half deleted does not look whole
+                shutil.rmtree(gone)
 
-
-def _read_manifest(path: Path) -> dict:
-    """manifest.json of a checkpoint, checked against the folder's name and its files' bytes."""
-    manifest = read_json(path / "manifest.json")
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{path}: format {manifest.get('format')}, this version reads {FORMAT}")
-    if not manifest.keys() >= {"optimizer", "data", "sha256"} or manifest.get("step") != int(path.name[5:]):
-        raise UserError(f"{path / 'manifest.json'}: damaged: it is not this checkpoint's")
-    for file in FILES:
-        if not (path / file).exists():
-            raise UserError(f"{path / file}: no such file")
-        if sha256(path / file) != manifest["sha256"].get(file):
-            raise UserError(
-                f"{path / file}: damaged: its sha256 is not the one in manifest.json; "
-                "without that folder the run goes on from the checkpoint before it"
-            )
-    return manifest
+    def _together(self, do: Callable, only_first: bool = False) -> list:
+        """do() on all ranks, or on rank 0 only. -> of each rank what it returned. What one raises, all raise."""
+        result = error = None
+        if self.mesh.rank == 0 or not only_first:
+            try:
+                result = do()
+            except Exception as raised:
+                error = raised
+        outcomes = [(result, error)]
+        if self.group is not None:
+            outcomes = [None] * self.mesh.size
+            dist.all_gather_object(outcomes, (result, error), group=self.group)
+        for _, error in outcomes:
+            if error is not None:
+                raise error
+        return [result for result, _ in outcomes]

@@ -175,13 +175,17 @@ class CheckpointConfig:
     """Steps between checkpoints, and one after the last step; 0: none at all."""
     keep: int = 2
     """Newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Those after a multiple of so many steps are kept, too; 0: none of them."""
     resume: bool = True
     """Go on from the newest checkpoint in run_dir; False: refuse a run_dir that has one."""
+    fallback: bool = False
+    """If the newest one is damaged, go on from the one before it; False: stop and say what is damaged."""
     export: bool = True
     """At the end, write run_dir/export: a Hugging Face folder that transformers and other tools load."""
 
     def __post_init__(self):
-        _at_least(0, checkpoint__every=self.every)
+        _at_least(0, checkpoint__every=self.every, checkpoint__keep_every=self.keep_every)
         _at_least(1, checkpoint__keep=self.keep)
 
 

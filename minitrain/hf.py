@@ -6,9 +6,10 @@ transformers 5's rope_parameters); the older one is written, which every tool kn
 """
 
 import difflib
+import functools
 import re
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -247,18 +248,25 @@ def _listed(names: list[str], others: list[str]) -> str:
 
 
 def save_pretrained(
-    model: nn.Module, folder: str | Path, tokenizer: str | Path | None = None, overwrite: bool = False
+    model: nn.Module,
+    folder: str | Path,
+    tokenizer: str | Path | None = None,
+    overwrite: bool = False,
+    read: Callable[[str, int | None], Tensor] | None = None,
 ) -> None:
     """Write a folder that transformers' AutoModelForCausalLM loads, weights bit for bit; host memory: one tensor.
 
     tokenizer: a folder whose tokenizer files, generation_config.json and token ids in config.json come along; None:
     the folder that the weights were loaded from, if they were.
     The folder appears whole or not at all. UserError if it exists; overwrite replaces it if it holds a model.
-    After training on several ranks all of them call this, and rank 0 writes.
+    read: (parameter's name, number of an expert if it is a stack) -> values, of a model on meta whose values are
+    elsewhere. After training on several ranks all of them call this, and rank 0 writes.
     """
+    params = dict(model.named_parameters())
+    read = read or (lambda name, e: _part(read_whole(params[name]), e))
     tensors = {
-        hub: Later(p.dtype, p.shape if e is None else p.shape[1:], lambda p=p, e=e: _part(read_whole(p), e))
-        for hub, (_, p, e) in _hub_parts(model).items()
+        hub: Later(p.dtype, p.shape if e is None else p.shape[1:], functools.partial(read, name, e))
+        for hub, (name, p, e) in _hub_parts(model).items()
     }
     if not is_first():
         return send_pieces(tensors)

@@ -7,6 +7,7 @@ behind caps of our own (a header of 87 MB takes it 35 s and 3 GB to parse). Form
 """
 
 import ctypes
+import fcntl
 import hashlib
 import json
 import os
@@ -37,7 +38,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_MAX_HEADER_BYTES = 10 << 20
+MAX_HEADER_BYTES = 10 << 20
 _MAX_TENSORS = 200_000
 
 
@@ -52,8 +53,11 @@ class Later:
 
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor | Later], metadata: Mapping[str, str] | None = None
-) -> str:
-    """Write and sync one file, a tensor at a time (host memory: one tensor). -> sha256 of the file, in hex."""
+) -> dict[str, str]:
+    """Write and sync one file, a tensor at a time (host memory: one tensor).
+
+    -> sha256 of the bytes of each tensor by its name, and by "" of the header before them, in hex.
+    """
     header, offset = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     for name, t in tensors.items():
         size = t.shape.numel() * t.dtype.itemsize
@@ -61,21 +65,21 @@ def write_safetensors(
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that 8-byte numbers lie on 8-byte borders when the file is mapped
-    digest = hashlib.sha256()
+    sums = {}
     with open(path, "wb") as file:
 
-        def put(piece):
-            digest.update(piece)
-            file.write(piece)
+        def put(name, content):
+            sums[name] = hashlib.sha256(content).hexdigest()
+            file.write(content)
 
-        put(len(text).to_bytes(8, "little") + text)
-        for t in tensors.values():
+        put("", len(text).to_bytes(8, "little") + text)
+        for name, t in tensors.items():
             t = (t.read() if isinstance(t, Later) else t).detach().cpu().contiguous()
-            if t.numel():
-                put((ctypes.c_char * (t.numel() * t.element_size())).from_address(t.data_ptr()))
+            size = t.numel() * t.element_size()
+            put(name, (ctypes.c_char * size).from_address(t.data_ptr()) if size else b"")
         file.flush()
         os.fsync(file.fileno())
-    return digest.hexdigest()
+    return sums
 
 
 def send_pieces(tensors: Mapping[str, Tensor | Later]) -> None:
@@ -90,7 +94,7 @@ def open_safetensors(path: Path) -> safe_open:
     try:
         with open(path, "rb") as file:
             size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
-        if length > min(size - 8, _MAX_HEADER_BYTES):
+        if length > min(size - 8, MAX_HEADER_BYTES):
             raise UserError(f"{path}: not a whole safetensors file: its header claims {length} bytes of {size}")
         reader = safe_open(path, framework="pt")
         if len(reader.keys()) > _MAX_TENSORS:
@@ -108,9 +112,13 @@ def sha256(path: Path) -> str:
 
 def write_json(path: Path, value) -> None:
     """Write and sync."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write and sync."""
     with open(path, "w") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
@@ -154,7 +162,7 @@ class NewFolder:
         if failed:
             shutil.rmtree(self.tmp, ignore_errors=True)
             return
-        _sync_folder(self.tmp)
+        sync_folder(self.tmp)
         if self.path.exists():
             old = self.path.with_name(self.path.name + ".old")
             shutil.rmtree(old, ignore_errors=True)
@@ -163,12 +171,29 @@ class NewFolder:
             shutil.rmtree(old)
         else:
             self.tmp.rename(self.path)
-        _sync_folder(self.path.parent)
+        sync_folder(self.path.parent)
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """So that the names in it are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def lock_folder(path: Path) -> int:
+    """Make a folder this process's own until it closes the handle returned, or ends in any way. UserError if it is
+    another one's."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"run_dir={path}: cannot be written: {error.strerror}") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(f"run_dir={path}: another run uses it; wait for its end, or choose another run_dir") from None
+    return handle

@@ -28,6 +28,7 @@ from minitrain.parallel import compute_dtype, parallelize
 from minitrain.parallel.comm import sum_equal
 from minitrain.parallel.mesh import ALONE, Mesh, init_mesh
 from minitrain.parallel.zero import shard_optimizer
+from minitrain.signals import EXIT_CODE, StopSignals
 from minitrain.validate import validate
 
 
@@ -47,7 +48,8 @@ def train(
     optimizer: list of parameters -> torch.optim.Optimizer; before each step its learning rate is set from cfg.optim.
     data: an iterable of lists of Batch, one list a step.
     on_step: called after each step with (steps done, model, extras of the loss).
-    Raises UserError for settings and files that do not fit, FloatingPointError when the loss is no number.
+    Raises UserError for settings and files that do not fit, FloatingPointError when the loss is no number. SIGTERM and
+    SIGUSR1 end it with SystemExit(143) after the step that runs, which is saved; a second one ends the process at once.
     """
     if cfg.train.deterministic:
         use_deterministic_algorithms()
@@ -60,25 +62,31 @@ def train(
     fill = set_weights(model, cfg, mesh)
     model = parallelize(model, mesh, cfg.train)
     opt = shard_optimizer(model, optimizer or adamw(cfg.optim), mesh, cfg.parallel, fill)
-    ckpt = Checkpointer(cfg.checkpoint, Path(cfg.run_dir), opt, data, mesh)
-    first = ckpt.resume()
-    with contextlib.closing(opt), Log(open_run(cfg, mesh), cfg.train, model, mesh, first) as log:
-        for step in range(first, cfg.train.steps):
-            batches = log.wait_for(data)  # this rank's rows of the step
-            tokens = mesh.sum(sum(b.num_targets for b in batches))  # trained tokens, all ranks
-            loss, extras = forward_backward(model, batches, loss_fn, 1 / max(1, tokens), mesh, opt.backward)
-            norm = opt.clip_grad_norm(cfg.optim.max_norm, loss)  # both stay on the device
-            lr = lr_at(step, cfg.optim, cfg.train.steps)
-            opt.step(lr)
-            log.step(step + 1, batches, tokens, loss, norm, lr, extras)
-            if on_step:
-                on_step(step + 1, model, extras)
-            if _is_validated(step + 1, cfg):
-                with log.pause():
-                    log.validation(step + 1, validate(model, data, loss_fn, mesh))
-            if ckpt.is_due(step + 1, cfg.train.steps):
-                with log.pause():  # raises if the loss is no number, before anything is saved
-                    ckpt.save(step + 1)
+    with contextlib.closing(opt), Checkpointer(cfg, opt, data, mesh) as ckpt, StopSignals() as signals:
+        first = ckpt.resume()
+        with Log(open_run(cfg, mesh), cfg.train, model, mesh, first) as log:
+            for step in range(first, cfg.train.steps):
+                batches = log.wait_for(data)  # this rank's rows of the step
+                # Of all ranks: trained tokens, and how many were asked to stop; all stop after the same step.
+                counts = torch.tensor([sum(b.num_targets for b in batches), signals.asked])
+                tokens, asked = mesh.sum_host(counts).tolist()
+                loss, extras = forward_backward(model, batches, loss_fn, 1 / max(1, tokens), mesh, opt.backward)
+                norm = opt.clip_grad_norm(cfg.optim.max_norm, loss)  # both stay on the device
+                lr = lr_at(step, cfg.optim, cfg.train.steps)
+                ckpt.before_step()
+                opt.step(lr)
+                log.step(step + 1, batches, tokens, loss, norm, lr, extras)
+                if on_step:
+                    on_step(step + 1, model, extras)
+                if _is_validated(step + 1, cfg) and not asked:
+                    with log.pause():
+                        log.validation(step + 1, validate(model, data, loss_fn, mesh))
+                if ckpt.is_due(step + 1, cfg.train.steps, bool(asked)):
+                    with log.pause():  # raises if the loss is no number, before anything is saved
+                        ckpt.save(step + 1)
+                if asked:
+                    ckpt.wait()
+                    raise SystemExit(EXIT_CODE)
     if cfg.checkpoint.export:
         tokenizer = None if cfg.model.pretrained else cfg.data.tokenizer or None  # None: of where it began from
         save_pretrained(model, Path(cfg.run_dir) / "export", tokenizer, overwrite=True)

@@ -2,20 +2,25 @@
 
 import ast
 import dataclasses
+import hashlib
 import json
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 from conftest import TINY, read_metrics, tiny_run, write_corpus
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from minitrain import PackedData, Qwen3Config, Qwen3MoeConfig, UserError, build_model, train
 from minitrain.config import to_toml
 from minitrain.models import init_weights
 from minitrain.parallel.mesh import Mesh
+from minitrain.pieces import Piece, Saved, write_manifest, write_pieces
 
 ROOT = Path(__file__).parents[1]
 TIED = Qwen3Config(**TINY)
@@ -45,7 +50,8 @@ def results(cfg):
     """What has to be equal: every step's loss and gradient norm, and the bytes of weights and moments."""
     rows = [(row["step"], row["loss"], row["grad_norm"], row["lr"]) for row in read_metrics(cfg.run_dir)]
     assert [step for step, *_ in rows] == list(range(1, cfg.train.steps + 1))  # each step exactly once
-    return rows, manifest(cfg)["sha256"]
+    tensors = {name: t for name, t in manifest(cfg)["tensors"].items() if not name.startswith("rng.")}
+    return rows, tensors
 
 
 def manifest(cfg):
@@ -57,7 +63,7 @@ def newest(cfg):
 
 
 def checkpoints(cfg):
-    return sorted(path for path in (Path(cfg.run_dir) / "checkpoints").iterdir() if not path.suffix)
+    return sorted(path for path in (Path(cfg.run_dir) / "checkpoints").glob("step-*") if not path.suffix)
 
 
 def pair(corpus, tmp_path, **options):
@@ -186,42 +192,192 @@ def refuse(cfg, complaint, **parts):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("place", ["header", "middle", "last byte"])
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors"])
-def test_a_flipped_bit_is_refused(stopped, file, place):
+@pytest.mark.parametrize(
+    "file, place, complaint",
+    [
+        ("rank-00000.safetensors", 20, r"its header, which tells where model\.embed_tokens\.weight and \d+ more are"),
+        ("rank-00000.safetensors", 20_000, r"model\.embed_tokens\.weight is not what was written"),
+        ("rank-00000.safetensors", -1, r"rng\.0\.cpu is not what was written"),
+        ("manifest.json", -30, "its text and its sha256 do not belong together"),
+    ],
+)
+def test_a_flipped_bit_is_refused(stopped, file, place, complaint):
     path = newest(stopped) / file
     content = bytearray(path.read_bytes())
-    content[{"header": 20, "middle": len(content) // 2, "last byte": -1}[place]] ^= 1
+    content[place] ^= 1
     path.write_bytes(content)
-    refuse(stopped, f"{file}: damaged")
+    refuse(stopped, f"{file}: damaged: {complaint}")
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "manifest.json"])
+def test_a_thousand_flipped_bits_are_refused(stopped):
+    """One at a time, anywhere in the checkpoint; the message names the file, and in a file of pieces a tensor."""
+    random, folder = Random(0), newest(stopped)
+    contents = {path: path.read_bytes() for path in sorted(folder.iterdir())}
+
+    def read_all():
+        saved = Saved(folder)
+        for file in saved.files:
+            saved.verify(file)
+
+    read_all()
+    for path in random.choices(list(contents), [len(content) for content in contents.values()], k=1000):
+        content = bytearray(contents[path])
+        bit = random.randrange(8 * len(content))
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        named = r"(model|optimizer|rng)\.\S+" if path.suffix == ".safetensors" else ""
+        with pytest.raises(UserError, match=f"{path.name}.*{named}"):
+            read_all()
+        path.write_bytes(contents[path])
+    read_all()
+
+
+@pytest.mark.parametrize("file", ["rank-00000.safetensors", "manifest.json"])
 def test_a_missing_file_is_refused(stopped, file):
     (newest(stopped) / file).unlink()
     refuse(stopped, f"{file}: no such file")
 
 
+@pytest.mark.parametrize("size", [0, 4, 3000, -1])
+def test_a_truncated_file_is_refused(stopped, size):
+    path = newest(stopped) / "rank-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    refuse(stopped, r"rank-00000.safetensors: damaged: .*(model|rng)\.")
+
+
+def test_a_longer_file_is_refused(stopped):
+    with open(newest(stopped) / "rank-00000.safetensors", "ab") as file:
+        file.write(b"1")
+    refuse(stopped, "rank-00000.safetensors: damaged: holds more or less than the manifest says")
+
+
+def seal(path, change):
+    """A manifest with another content and the right checksum."""
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]
+    change(manifest)
+    about = {key: value for key, value in manifest.items() if key not in ("format", "files", "tensors")}
+    write_manifest(path.parent, about, [{"files": manifest["files"], "tensors": manifest["tensors"]}])
+
+
+def first_piece(manifest):
+    return next(iter(manifest["tensors"].values()))["pieces"][0]
+
+
 @pytest.mark.parametrize(
-    "old, new, complaint",
+    "change, complaint",
     [
-        ('"format": 1', '"format": 9', "format 9, this version reads 1"),
-        ('"step": 4,\n  "o', '"step": 5,\n  "o', "manifest.json: damaged"),
-        ('"optimizer"', '"optimiser"', "manifest.json: damaged"),
-        ("{", "", "cannot be read as JSON"),
+        (lambda m: m.pop("optimizer"), "lacks 'optimizer'"),
+        (lambda m: m.update(step="4"), "step is '4'"),
+        (lambda m: m.update(step=5), "its manifest is of step 5"),
+        (
+            lambda m: m["files"].update({"../rank-00000.safetensors": m["files"].popitem()[1]}),
+            "is no name",
+        ),
+        (lambda m: first_piece(m).update(file="rank-00009.safetensors"), "none of its files"),
+        (lambda m: first_piece(m).update(first=1), "overlap or leave a hole at element 0"),
+        (lambda m: first_piece(m).update(end=3), "end at element 3, the tensor has"),
+        (lambda m: first_piece(m).update(end=1.5), "overlap"),
+        (lambda m: m["tensors"].pop("rng.0.cpu"), "rng.0.cpu is not what was written"),
+        (lambda m: m["tensors"]["rng.0.cpu"].update(dtype="F00"), "rng.0.cpu is 'F00'"),
+        (lambda m: m["tensors"]["rng.0.cpu"].update(dtype="I8"), "rng.0.cpu is not what was written"),
+        (lambda m: m.update(tensors=3), "manifest.json: not a manifest"),
+        (lambda m: m["files"].update({"rank-00000.safetensors": 3}), "manifest.json: not a manifest"),
     ],
 )
-def test_a_damaged_manifest_is_refused(stopped, old, new, complaint):
+def test_a_foreign_manifest_is_refused(stopped, change, complaint):
+    path = newest(stopped) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    if isinstance(manifest.get("tensors"), dict):
+        seal(path, change)
+    else:
+        text = json.dumps(manifest | {"sha256": ""}, indent=2)
+        body = text.removesuffix(',\n  "sha256": ""\n}')
+        path.write_text(f'{body},\n  "sha256": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n')
+    refuse(stopped, complaint)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+def leaf_of(value, choose):
+    """A random place in a value: (container, key)."""
+    while True:
+        key = choose(sorted(value) if isinstance(value, dict) else range(len(value)))
+        if not isinstance(value[key], dict | list) or not value[key] or choose([False, False, False, True]):
+            return value, key
+        value = value[key]
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(random=st.randoms(use_true_random=False), other=JSON)
+def test_no_manifest_makes_a_traceback(stopped, random, other):
+    """Any value in any place, sealed: it is refused in one line, or it was none of the reader's business."""
     path = newest(stopped) / "manifest.json"
     text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new, 1))
-    refuse(stopped, complaint)
+    manifest = json.loads(text)
+    container, key = leaf_of(manifest, random.choice)
+    container[key] = other
+    manifest.pop("sha256", None)
+    body = json.dumps(manifest, indent=2).removesuffix("\n}")
+    path.write_text(f'{body},\n  "sha256": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n')
+    try:
+        saved = Saved(newest(stopped))
+        for file in saved.files:
+            saved.verify(file)
+        for name in saved.tensors:
+            saved.read(name)
+    except UserError as error:
+        assert "\n" not in str(error)
+    finally:
+        path.write_text(text)
+
+
+def test_other_formats_are_refused(stopped):
+    path = newest(stopped) / "manifest.json"
+    for number in (1, 3):
+        path.write_text(path.read_text().replace('"format": 2', f'"format": {number}'))
+        refuse(stopped, f"of checkpoint format {number}, this version reads 2")
+        path.write_text(path.read_text().replace(f'"format": {number}', '"format": 2'))
+    path.write_text("{")
+    refuse(stopped, "manifest.json: cannot be read as JSON")
+
+
+def test_fallback_goes_on_from_the_checkpoint_before(corpus, tmp_path):
+    calm, disturbed = pair(corpus, tmp_path)
+    train(calm)
+    disturbed.checkpoint.every = 5
+    run_until(13, disturbed)
+    bad = newest(disturbed)
+    (bad / "rank-00000.safetensors").unlink()
+    refuse(disturbed, "no such file; .*; checkpoint.fallback=true goes on from the one before it")
+    disturbed.checkpoint.fallback = True
+    train(disturbed)
+    assert results(disturbed) == results(calm)
+    assert bad.with_name("step-00000010.damaged").exists()
+    for path in checkpoints(disturbed):
+        (path / "manifest.json").unlink()
+    refuse(disturbed, "manifest.json: no such file")
 
 
 @pytest.mark.parametrize("other", [LARGER, WIDER, MOE], ids=["layers", "width", "moe"])
 def test_another_model_is_refused(stopped, other):
     refuse(dataclasses.replace(stopped, model=other), r"of another model: layers\..* is .* there and .* in the config")
+
+
+def test_state_of_a_parameter_that_the_model_has_not_is_refused(stopped):
+    saved = Saved(newest(stopped))
+    pieces = {name: Piece(saved.read(name).clone(), 0, shape) for name, (_, shape) in saved.tensors.items()}
+    pieces["optimizer.tail.weight.exp_avg"] = Piece(torch.ones(2), 0, torch.Size([2]))
+    about = {key: saved.manifest[key] for key in ("step", "data", "config", "dtype", "optimizer", "versions")}
+    part = write_pieces(newest(stopped) / "rank-00000.safetensors", pieces)
+    write_manifest(newest(stopped), about, [part])
+    refuse(stopped, r"another model: it has optimizer\.tail\.weight\.exp_avg, and the config has no tail\.weight")
 
 
 def test_another_corpus_is_refused(stopped, tmp_path):

@@ -103,6 +103,16 @@ def test_ctrl_c_leaves_no_process(launch, tmp_path):
     assert err.count("stopped; the same command goes on from the newest checkpoint") == 1
 
 
+def test_a_scheduler_that_ends_torchrun_finds_the_run_saved(launch, tmp_path):
+    process = launch()
+    wait_for_steps(tmp_path / "run")
+    os.killpg(process.pid, signal.SIGTERM)  # all at once, as scancel does; torchrun passes it on to the ranks
+    out, _ = end(process)
+    assert out.count("stopped by a signal; the same command goes on from the newest checkpoint") == 1
+    step = int((tmp_path / "run" / "checkpoints" / "latest").readlink().name[5:])
+    assert len(read_metrics(tmp_path / "run")) == step
+
+
 def test_a_mistake_in_the_config_is_shown_once(launch):
     _, err = end(launch("pass", "--data.rows_per_step=3"))
     assert err.count("error: ") == 1

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1] / "minitrain"
 # The two columns of floor 3 do not know each other: models, losses and optimizers are plain, parallel/ wraps them.
 FLOORS = [
     {"config", "kernels"},
-    {"fused_attention", "parallel.comm", "storage"},
-    {"shards", "batch", "attention", "norm_rotate", "parallel.mesh"},
+    {"fused_attention", "parallel.comm", "signals", "storage"},
+    {"shards", "batch", "attention", "norm_rotate", "parallel.mesh", "pieces"},
     {
         "left": {"models", "models.layers", "models.llama", "models.qwen3", "models.qwen3_moe",
                  "loss", "optim", "data", "chat", "metrics"},

@@ -19,7 +19,6 @@ import contextlib
 from collections.abc import Callable, Collection
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from minitrain.config import ParallelConfig, UserError
@@ -29,7 +28,7 @@ from minitrain.parallel.gather import GatheredWeights
 from minitrain.parallel.mesh import Mesh
 from minitrain.parallel.offload import HostState
 from minitrain.parallel.owners import Owners
-from minitrain.storage import Later
+from minitrain.pieces import Piece
 
 
 def shard_optimizer(
@@ -119,39 +118,85 @@ class MasterOptimizer:
         if pairs:
             torch._foreach_copy_(*zip(*pairs, strict=True))
 
-    def weights(self) -> dict[str, Tensor | Later]:
-        """The masters, in whole, by parameter name."""
-        return self.masters
+    # ---- checkpoints: what this rank has of each tensor, under the names of pieces.py
+
+    def tensors(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        """Of the masters and the frozen parameters, in whole."""
+        return {
+            f"model.{name}": (_wide(p.dtype) if p.requires_grad else p.dtype, p.shape)
+            for name, p in self.params.items()
+            if p.numel()
+        }
+
+    def pieces(self) -> dict[str, Piece]:
+        """What this rank has to save, so that all ranks together save everything once; no copies.
+
+        UserError if the optimizer keeps what cannot be put together again.
+        """
+        pieces = {}
+        for name in self._to_save():
+            (first, _), shape = self._span(name), self.params[name].shape
+            master = self.masters.get(name, self.params[name])
+            pieces[f"model.{name}"] = Piece(master.detach(), first, shape)
+            for key, value in self.optimizer.state.get(master, {}).items():
+                full_name = f"optimizer.{name}.{key}"
+                self._check_state(f"{name}.{key}", value, master)
+                if value.ndim and self._is_cut:
+                    pieces[full_name] = Piece(value, first, shape)
+                elif first == 0:  # a scalar, such as a count of steps, is the same for all pieces
+                    pieces[full_name] = Piece(value, 0, value.shape)
+        return pieces
 
     @torch.no_grad()
-    def load_weights(self, read: Callable[[str], Tensor]) -> None:
-        """read: name -> the whole master."""
-        for name, master in self.masters.items():
-            master.copy_(read(name))
+    def load(self, tensors: dict[str, tuple[torch.dtype, torch.Size]], read: Callable[[str, int, int], Tensor]) -> None:
+        """Weights and state, of any number of ranks. tensors: all that were saved.
+
+        read: (name, first, end) -> these elements, 1-D; no others than this rank holds are asked for.
+        """
+        for full_name, (_, shape) in tensors.items():
+            kind, _, rest = full_name.partition(".")
+            name, _, key = rest.rpartition(".")
+            if kind == "optimizer" and name in self.masters:
+                master = self.masters[name]
+                is_piece = self._is_cut and len(shape) > 0
+                if is_piece and shape != self.params[name].shape:
+                    raise UserError(
+                        f"{full_name} has shape {tuple(shape)}: it cannot be cut as {name} is on these ranks"
+                    )
+                value = read(full_name, *self._span(name)) if is_piece else read(full_name, 0, shape.numel())
+                on = value.device if not shape and not master.is_cuda else master.device
+                self.optimizer.state[master][key] = value.view(master.shape if is_piece else shape).to(on)
+        for full_name in self.tensors():
+            name = full_name.removeprefix("model.")
+            first, end = self._span(name)
+            if end > first:
+                held = self.masters.get(name, self.params[name])
+                held.copy_(read(full_name, first, end).view_as(held))
+        self._use_loaded()
+
+    def _use_loaded(self) -> None:
         self.write_weights()
 
-    def state(self) -> dict[str, Tensor | Later]:
-        """The optimizer's tensors by "name.key", such as "norm.weight.exp_avg". ValueError if it keeps others."""
-        names = {master: name for name, master in self.masters.items()}
-        tensors = {}
-        for master, state in self.optimizer.state.items():
-            for key, value in state.items():
-                if not torch.is_tensor(value):
-                    raise ValueError(
-                        f"{type(self.optimizer).__name__} keeps {key}={value!r}; make it a tensor, to be saved"
-                    )
-                tensors[f"{names[master]}.{key}"] = value
-        return tensors
+    _is_cut = False  # whether a master can be a piece of its parameter
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of state(). ValueError for a tensor whose parameter does not exist."""
-        for full_name, value in tensors.items():
-            name, _, key = full_name.rpartition(".")
-            if name not in self.masters:
-                raise ValueError(f"optimizer state for {name}, which the model has not")
-            master = self.masters[name]
-            on = value.device if value.ndim == 0 and not master.is_cuda else master.device
-            self.optimizer.state[master][key] = value.to(on, copy=True)
+    def _span(self, name: str) -> tuple[int, int]:
+        """First .. last + 1 of a parameter's elements that this rank has a master of."""
+        return 0, self.params[name].numel()
+
+    def _to_save(self) -> list[str]:
+        """Parameters."""
+        return [name for name, p in self.params.items() if p.numel()]
+
+    def _check_state(self, full_name: str, value, master: nn.Parameter) -> None:
+        if not torch.is_tensor(value):
+            raise UserError(
+                f"{type(self.optimizer).__name__} keeps {full_name}={value!r}; make it a tensor, to be saved"
+            )
+        if value.ndim and self._is_cut and value.numel() != master.numel():
+            raise UserError(
+                f"{type(self.optimizer).__name__} keeps {full_name} of shape {tuple(value.shape)} for a piece of "
+                f'shape {tuple(master.shape)}; a class that needs whole matrices says shard = "param"'
+            )
 
 
 class ShardedOptimizer(MasterOptimizer):
@@ -196,18 +241,19 @@ class ShardedOptimizer(MasterOptimizer):
     def _make_masters(self, unit: Unit, on_host: bool) -> dict[str, nn.Parameter]:
         masters = {}
         for name, p in unit.params.items():
-            first, end = self._span(name, self.group.rank)
+            first, end = self._span(name)
             if end > first:
                 shape = [1] * (p.ndim - 1) + [end - first] if end - first < p.numel() else p.shape
                 piece = p.detach().flatten()[first:end].to(_wide(p.dtype), copy=True).view(shape)
                 masters[name] = nn.Parameter(piece.cpu().pin_memory() if on_host else piece)
         return masters
 
-    def _span(self, name: str, rank: int) -> tuple[int, int]:
-        """First .. last + 1 of a parameter's elements whose master is with a rank of the group."""
+    def _span(self, name: str) -> tuple[int, int]:
+        if name not in self.unit_of:  # frozen
+            return super()._span(name)
         if self.owners is None:
-            return self.units[self.unit_of[name]].span(name, rank)
-        return (0, self.params[name].numel()) if self.owners.of[name] == rank else (0, 0)
+            return self.units[self.unit_of[name]].span(name, self.group.rank)
+        return super()._span(name) if self.owners.of[name] == self.group.rank else (0, 0)
 
     def backward(self, is_last: bool):
         """A context for the backward of one row; is_last: of the step."""
@@ -269,93 +315,28 @@ class ShardedOptimizer(MasterOptimizer):
         """What lies of each master in a flat shard of its unit, 1-D."""
         return {name: self.units[key].piece(shard, name, self.group.rank) for name in self._names(key)}
 
-    # ---- checkpoints: whole tensors, of which every rank sends its piece to rank 0
+    # ---- checkpoints
 
-    def weights(self) -> dict[str, Tensor | Later]:
-        """Masters, read by all ranks together: rank 0 then has the whole one."""
+    def pieces(self) -> dict[str, Piece]:
         if self.host:
             self.host.wait()
-        later = {}
-        for name, p in self.params.items():
-            later[name] = self._later(name, _wide(p.dtype), p.shape, lambda m: m) if name in self.unit_of else p
-        return later
+        return super().pieces()
 
-    @torch.no_grad()
-    def load_weights(self, read: Callable[[str], Tensor]) -> None:
-        for name, p in self.params.items():
-            if name not in self.unit_of:
-                p.copy_(read(name))
-            elif name in self.masters:
-                self.masters[name].copy_(self._cut(name, read(name)))
+    def _use_loaded(self) -> None:
+        if self.host:
+            self.host.place()
         self._round(list(self.units))
         self.write_weights()
 
-    def state(self) -> dict[str, Tensor | Later]:
-        """As weights(). A scalar, such as a count of steps, is the same on all ranks that have one."""
-        if self.host:
-            self.host.wait()
-        mine = {}
-        for full_name, value in super().state().items():
-            name, _, _ = full_name.rpartition(".")
-            if value.ndim and self._is_cut and value.numel() != self.masters[name].numel():
-                raise ValueError(
-                    f"{type(self.optimizer).__name__} keeps {full_name} of shape {tuple(value.shape)} for a piece of "
-                    f'shape {tuple(self.masters[name].shape)}; a class that needs whole matrices says shard = "param"'
-                )
-            shape = self.params[name].shape if value.ndim and self._is_cut else value.shape
-            mine[full_name] = (value.dtype, shape, None if value.ndim else value.item())
-        of_ranks = [mine]
-        if self.mesh.size > 1:
-            of_ranks = [None] * self.mesh.size
-            dist.all_gather_object(of_ranks, mine)
-        tensors = {}
-        for full_name, (dtype, shape, scalar) in sorted({k: v for of in of_ranks for k, v in of.items()}.items()):
-            name, _, key = full_name.rpartition(".")
-            later = self._later(name, dtype, shape, lambda m, key=key: self.optimizer.state[m][key])
-            tensors[full_name] = later if scalar is None else torch.tensor(scalar, dtype=dtype)
-        return tensors
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of state(). ValueError for a tensor whose parameter does not exist."""
-        for full_name in tensors:
-            if full_name.rpartition(".")[0] not in self.params:
-                raise ValueError(f"optimizer state for {full_name}, which the model has not")
-        mine = {k: v for k, v in tensors.items() if k.rpartition(".")[0] in self.masters}
-        super().load_state({k: self._cut(k.rpartition(".")[0], v) if v.ndim else v for k, v in mine.items()})
-        if self.host:
-            self.host.place()
+    def _to_save(self) -> list[str]:
+        """Ranks that hold the same piece share the work parameter by parameter."""
+        replica = self.mesh.group("replica")
+        dealt = super()._to_save()[replica.rank :: replica.size]
+        return [n for n in dealt if n in self.masters or (n not in self.unit_of and self.group.rank == 0)]
 
     @property
     def _is_cut(self):
         return self.owners is None and self.group.size > 1
-
-    def _cut(self, name: str, whole: Tensor) -> Tensor:
-        """This rank's piece of a whole tensor, in the shape of the master."""
-        first, end = self._span(name, self.group.rank)
-        return whole.flatten()[first:end].view_as(self.masters[name]) if self._is_cut else whole
-
-    def _later(self, name: str, dtype: torch.dtype, shape: torch.Size, of: Callable) -> Later:
-        """of(master) of all pieces, put together on rank 0; on the others nothing. Other replicas are not asked."""
-
-        def read():
-            mine = of(self.masters[name]).detach().flatten() if name in self.masters else torch.empty(0)
-            if self.group.size == 1 or self.mesh.group("replica").rank > 0:
-                return mine.view(shape) if self.group.size == 1 else torch.empty(0)
-            handle = self.group.handle
-            like = torch.empty(0, dtype=dtype, device="cpu" if self.host else self.mesh.device)
-            if self.group.rank > 0:
-                if name in self.masters:
-                    dist.send(mine, dist.get_global_rank(handle, 0), handle)
-                return torch.empty(0)
-            pieces = [mine] if name in self.masters else []
-            for rank in range(1, self.group.size):
-                first, end = self._span(name, rank)
-                if end > first:
-                    pieces.append(like.new_empty(end - first if self._is_cut else shape.numel()))
-                    dist.recv(pieces[-1], dist.get_global_rank(handle, rank), handle)
-            return torch.cat(pieces).view(shape)
-
-        return Later(dtype, shape, read)
 
 
 def _flatten(unit: Unit, fill: Callable | None) -> Tensor:
