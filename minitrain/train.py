@@ -51,21 +51,21 @@ def train(
     """
     if cfg.train.deterministic:
         use_deterministic_algorithms()
-    mesh = init_mesh(cfg.train.device, cfg.parallel)
+    mesh = init_mesh(cfg.train.device, cfg.parallel, model.config if model else cfg.model)
     loss_fn = loss_fn or load_object(cfg.train.loss)
     model = model or build_model(cfg.model)  # on meta: names and shapes, no bytes
     data = iter(PackedData(cfg.data, mesh, model.config.vocab_size) if data is None else data)
     if cfg.train.validate_every and not hasattr(data, "held_out_rows"):
         raise UserError("train.validate_every: data of your own needs held_out_rows(), as PackedData has it")
-    fill = set_weights(model, cfg, mesh)
     model = parallelize(model, mesh, cfg.train)
+    fill = set_weights(model, cfg, mesh)
     opt = shard_optimizer(model, optimizer or adamw(cfg.optim), mesh, cfg.parallel, fill)
     ckpt = Checkpointer(cfg.checkpoint, Path(cfg.run_dir), opt, data, mesh)
     first = ckpt.resume()
     with contextlib.closing(opt), Log(open_run(cfg, mesh), cfg.train, model, mesh, first) as log:
         for step in range(first, cfg.train.steps):
             batches = log.wait_for(data)  # this rank's rows of the step
-            tokens = mesh.sum(sum(b.num_targets for b in batches))  # trained tokens, all ranks
+            tokens = mesh.sum_rows(sum(b.num_targets for b in batches))  # trained tokens, all ranks
             loss, extras = forward_backward(model, batches, loss_fn, 1 / max(1, tokens), mesh, opt.backward)
             norm = opt.clip_grad_norm(cfg.optim.max_norm, loss)  # both stay on the device
             lr = lr_at(step, cfg.optim, cfg.train.steps)
@@ -113,7 +113,7 @@ def forward_backward(
     """
     total, extras = 0.0, {}
     for i, batch in enumerate(batches, 1):
-        batch.share = 1 / (len(batches) * mesh.dp_size)
+        batch.share = 1 / (len(batches) * mesh.dp_size * mesh.group("tp").size)  # ranks of tp add up their gradients
         loss, named = loss_fn(model(batch), model.lm_head, batch)
         with backward(i == len(batches)):
             (loss * scale).backward()
@@ -137,7 +137,7 @@ def set_weights(model: nn.Module, cfg: Config, mesh: Mesh) -> Callable[[Collecti
     if not is_new:
         model.to(mesh.device, dtype)
         return None
-    is_cut_first = cfg.parallel.zero == 3 and mesh.group("shard").size > 1
+    is_cut_first = cfg.parallel.zero == 3 and mesh.size > 1
     materialize(model, mesh.device, dtype, with_memory=not is_cut_first)
     if cfg.model.pretrained:
         folder = find_folder(cfg.model.pretrained)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minitrain.batch import Batch
-from minitrain.models.layers import Attention, Block, CausalLM, DecoderConfig
+from minitrain.models.layers import TP_PLAN, Attention, Block, CausalLM, DecoderConfig
 
 
 @dataclass
@@ -133,7 +133,8 @@ class MoE(nn.Module):
 
     def forward(self, x_TD: Tensor, batch: Batch) -> Tensor:
         A, E = self.cfg.num_experts_per_tok, self.cfg.num_experts
-        logits_TE = F.linear(x_TD.float(), self.gate.weight.float())
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        logits_TE = F.linear(x_TD.to(wide), self.gate.weight.to(wide))
         probs_TE = logits_TE.softmax(-1)
         weights_TA, experts_TA = probs_TE.topk(A, -1)
         if self.cfg.norm_topk_prob:
@@ -167,6 +168,7 @@ class MoE(nn.Module):
 
 class Qwen3MoeForCausalLM(CausalLM):
     config_class = Qwen3MoeConfig
+    TP_PLAN = TP_PLAN | {"layers.*.mlp.gate": "partial", "layers.*.mlp.experts": "experts"}
 
     @staticmethod
     def block(cfg: Qwen3MoeConfig) -> Block:

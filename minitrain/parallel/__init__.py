@@ -8,7 +8,9 @@ from torch.utils.checkpoint import checkpoint
 
 from minitrain.attention import attention, choose
 from minitrain.config import TrainConfig, UserError
+from minitrain.parallel.ep import apply_ep
 from minitrain.parallel.mesh import Mesh
+from minitrain.parallel.tp import apply_tp
 
 
 def parallelize(model: nn.Module, mesh: Mesh, cfg: TrainConfig) -> nn.Module:
@@ -16,7 +18,13 @@ def parallelize(model: nn.Module, mesh: Mesh, cfg: TrainConfig) -> nn.Module:
 
     What an earlier call put on the model gives way.
     """
+    if any(hasattr(p, "cut_on") for p in model.parameters()):
+        raise UserError("the weights of this model are cut by an earlier run with parallel.tp or ep")
     _use_attention(model, mesh, cfg)
+    if mesh.group("tp").size > 1:
+        apply_tp(model, mesh)
+    if mesh.group("ep").size > 1:
+        apply_ep(model, mesh)
     for block in model.layers.values():
         plain = forward = getattr(block.forward, "plain", block.forward)
         if cfg.compile == "on" or (cfg.compile == "auto" and mesh.device.type == "cuda"):

@@ -1,0 +1,276 @@
+"""The axes that cut a model, each alone and together, against one process: loss, norm, every gradient, the weights."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import read_metrics, spawn, tiny_run
+from safetensors.torch import load_file
+from test_hacks import Lion, SideBySide, z_loss
+from test_zero import SIZES, adamw, difference, make_rows
+from torch import nn
+
+import minitrain as mt
+from minitrain.attention import attention
+from minitrain.batch import IGNORE
+from minitrain.config import ParallelConfig, TrainConfig, UserError
+from minitrain.loss import cross_entropy
+from minitrain.models import build_model, init_weights
+from minitrain.models.llama import LlamaConfig
+from minitrain.models.qwen3 import Qwen3Config
+from minitrain.models.qwen3_moe import Qwen3MoeConfig
+from minitrain.parallel import parallelize
+from minitrain.parallel.gather import whole
+from minitrain.parallel.layout import objections
+from minitrain.parallel.mesh import ALONE, init_mesh
+from minitrain.parallel.zero import shard_optimizer
+from minitrain.storage import read_json, write_json, write_safetensors
+from minitrain.train import forward_backward
+
+STEPS, ROWS, TOLERANCE = 5, 4, 1e-11
+MODELS = {  # of uneven vocabulary, inner width, heads; fewer key and value heads than ranks
+    "tied": Qwen3Config(**SIZES | {"num_key_value_heads": 1}, tie_word_embeddings=True),
+    "moe": Qwen3MoeConfig(
+        **SIZES, moe_intermediate_size=15, num_experts=12, num_experts_per_tok=2, router_z_loss_coef=0.01
+    ),
+    "llama": LlamaConfig(
+        **SIZES | {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 47}, attention_bias=True
+    ),
+}
+
+
+def loss_fn(hidden_TD, head, batch):
+    """The built-in loss, and what users may add: something of all logits, something of the hidden states."""
+    loss, _ = cross_entropy(hidden_TD, head, batch)
+    z = (head(hidden_TD).logsumexp(-1).square() * (batch.targets != IGNORE)).sum()
+    return loss + 0.1 * z + 0.01 * hidden_TD.square().sum(), {"z": z}
+
+
+def run(name, parallel=None, mesh=ALONE, spoil=lambda model: None):
+    """-> what all steps gave, the first one's gradients, the weights after the last; these as gradients() has them."""
+    parallel = parallel or ParallelConfig()
+    model = build_model(MODELS[name], "cpu").double()
+    model = parallelize(model, mesh, TrainConfig())
+    init_weights(model, 0)
+    spoil(model)
+    opt = shard_optimizer(model, adamw, mesh, parallel)
+    losses, norms, grads = [], [], None
+    for step in range(STEPS):
+        rows = make_rows(step, ROWS)
+        mine = rows[mesh.dp_rank :: mesh.dp_size]
+        tokens = mesh.sum_rows(sum(b.num_targets for b in mine))
+        assert tokens == sum(b.num_targets for b in rows)
+        loss, extras = forward_backward(model, mine, loss_fn, 1 / tokens, mesh, opt.backward)
+        losses.append(torch.stack([loss, extras["z"]]))
+        norms.append(opt.clip_grad_norm(0.5, loss))
+        grads = grads or gradients(opt)
+        opt.step(0.01)
+    with whole(model):
+        weights = {name: (p, 0, p.detach().clone().flatten()) for name, p in model.named_parameters()}
+    return {"losses": torch.stack(losses), "norms": torch.stack(norms)}, grads, weights
+
+
+def gradients(opt):
+    """{name: (parameter, first element that this rank has of it, these elements)}."""
+    if not hasattr(opt, "units"):
+        return {name: (opt.params[name], 0, m.grad.flatten().clone()) for name, m in opt.masters.items()}
+    found = {}
+    for key, unit in opt.units.items():
+        for name, p in unit.params.items():
+            piece = unit.piece(opt.gradients.sums[key], name, unit.shard.rank).clone()
+            found[name] = p, unit.span(name, unit.shard.rank)[0], piece
+    return found
+
+
+def write_expected(path, names):
+    tensors = {}
+    for name in names:
+        results, grads, weights = run(name)
+        tensors |= {f"{name} {key}": value for key, value in results.items()}
+        for kind, of in (("gradient", grads), ("weight", weights)):
+            tensors |= {f"{name} {kind} {key}": flat.view(p.shape) for key, (p, _, flat) in of.items()}
+    write_safetensors(path, tensors)
+
+
+def errors(name, parallel, mesh, expected, **options):
+    """{what: relative error}, largest of all ranks."""
+    results, grads, weights = run(name, parallel, mesh, **options)
+    found = {key: difference(value, expected[f"{name} {key}"]) for key, value in results.items()}
+    for kind, of in (("gradient", grads), ("weight", weights)):
+        for key, (p, first, piece) in of.items():
+            one = expected[f"{name} {kind} {key}"]
+            shape, place = getattr(p, "part", (p.shape, ()))
+            assert one.shape == shape
+            mine = one[place].flatten()[first:][: len(piece)]
+            found[f"{kind} {key}"] = difference(piece, mine, one)
+    of_ranks = [None] * mesh.size
+    dist.all_gather_object(of_ranks, (results["norms"].tolist(), found))
+    assert all(norms == of_ranks[0][0] for norms, _ in of_ranks), "the norm differs by a bit"
+    return {key: max(of_rank[key] for _, of_rank in of_ranks) for key in found}
+
+
+def compare_all(cases, path):
+    expected = load_file(path)
+    for name, parallel in cases:
+        found = errors(name, parallel, init_mesh("cpu", parallel, MODELS[name]), expected)
+        worst = max(found, key=found.get)
+        assert found[worst] <= TOLERANCE, f"{name} {parallel}: {worst} differs by {found[worst]:.1e}"
+
+
+def check(ranks, layouts, tmp_path):
+    """Under ZeRO 0 and 3, every model that the layout can cut."""
+    layouts = [dataclasses.replace(layout, zero=zero) for layout in layouts for zero in (0, 3)]
+    cases = [(name, of) for of in layouts for name in MODELS if not objections(of, ranks, MODELS[name])]
+    write_expected(tmp_path / "one-process", {name for name, _ in cases})
+    spawn(ranks, compare_all, cases, tmp_path / "one-process")
+
+
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
+def test_each_axis_equals_one_process(ranks, tmp_path):
+    check(ranks, [ParallelConfig(tp=ranks), ParallelConfig(ep=ranks)], tmp_path)
+
+
+@pytest.mark.slow
+def test_axes_together_equal_one_process(tmp_path):
+    check(4, [ParallelConfig(tp=2, ep=2), ParallelConfig(tp=2), ParallelConfig(ep=2)], tmp_path)
+
+
+@pytest.mark.slow
+def test_three_axes_together_equal_one_process(tmp_path):
+    check(8, [ParallelConfig(tp=2, ep=2), ParallelConfig(tp=2, ep=2, shard_within=2)], tmp_path)
+
+
+# ---- each part of it is needed
+
+
+def say_nothing(model, name):
+    """As if nobody knew that these gradients are summed over other ranks."""
+    for p in (p for key, p in model.named_parameters() if name in key):
+        p.grad_sum_on = ("dp", "cp")
+
+
+def untie(model, name):
+    weight = model.lm_head.weight.detach().clone()
+    del model.lm_head.weight
+    model.lm_head.weight = weight  # no parameter
+
+
+def leave_out(model, name):
+    model.lm_head.vocabulary.sum = lambda d_x_TD: None
+
+
+CONTROLS = [  # model, layout, what is done to it, to which parameters, a gradient that is then wrong
+    ("tied", ParallelConfig(tp=2), say_nothing, "q_norm", "layers.0.self_attn.q_norm.weight"),
+    ("tied", ParallelConfig(tp=2), say_nothing, "k_norm", "layers.0.self_attn.k_norm.weight"),
+    ("tied", ParallelConfig(tp=2), say_nothing, "k_proj", "layers.0.self_attn.k_proj.weight"),  # one head, two ranks
+    ("tied", ParallelConfig(tp=2), say_nothing, "layernorm", "layers.1.input_layernorm.weight"),
+    ("tied", ParallelConfig(tp=2), untie, "", "embed_tokens.weight"),
+    ("tied", ParallelConfig(tp=2), leave_out, "", "layers.0.mlp.down_proj.weight"),
+    ("moe", ParallelConfig(tp=2), say_nothing, "mlp.gate.", "layers.0.mlp.gate.weight"),
+    ("moe", ParallelConfig(ep=2), say_nothing, "experts", "layers.0.mlp.experts.up_proj"),
+]
+
+
+def compare_with_mistakes(path):
+    expected = load_file(path)
+    for name, parallel, spoil, which, wrong in CONTROLS:
+        mesh = init_mesh("cpu", parallel, MODELS[name])
+        found = errors(name, parallel, mesh, expected, spoil=functools.partial(spoil, name=which))
+        assert found[f"gradient {wrong}"] > 1e-3, (name, parallel, spoil.__name__, which)
+
+
+def test_each_sum_over_ranks_is_needed(tmp_path):
+    write_expected(tmp_path / "one-process", ("tied", "moe"))
+    spawn(2, compare_with_mistakes, tmp_path / "one-process")
+
+
+# ---- whole runs, with the hacks of test_hacks.py
+
+
+def train_with_hacks(cfg, folder):
+    def one(name, model=None, **parts):
+        run = dataclasses.replace(cfg, run_dir=f"{folder}/{name}")
+        mt.train(run, model=model and model(run.model), **parts)
+
+    def sliding(model_config):
+        model = mt.build_model(model_config)
+        model.layers["0"].self_attn.attention = functools.partial(attention, window=3)
+        return model
+
+    def side_by_side(model_config):
+        with torch.device("meta"):
+            return SideBySide(model_config)
+
+    def look(step, model, extras):
+        seen.append(mt.generate(model, torch.tensor([3, 4, 5]), 3, temperature=0).tolist())
+
+    seen = []
+    one("attention", sliding)
+    one("optimizer", optimizer=Lion)
+    one("block", side_by_side)
+    one("loss", loss_fn=z_loss)
+    one("look", on_step=look)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        write_json(folder / "seen.json", {"tokens": seen})
+
+
+def test_the_five_hacks_give_the_same_runs_under_tensor_parallel(corpus, tmp_path):
+    checkpoint = {"every": 0, "export": False}
+    cfg = tiny_run(corpus, "", train={"steps": 4}, data={"rows_per_step": 2}, checkpoint=checkpoint)
+    train_with_hacks(cfg, tmp_path / "one")
+    spawn(2, train_with_hacks, dataclasses.replace(cfg, parallel=ParallelConfig(tp=2)), tmp_path / "two")
+    for name in ("attention", "optimizer", "block", "loss", "look"):
+        one, two = (read_metrics(tmp_path / ranks / name) for ranks in ("one", "two"))
+        for row, other in zip(one, two, strict=True):
+            for key in ("loss", "grad_norm", "trained_tokens", *(("z",) if name == "loss" else ())):
+                assert other[key] == pytest.approx(row[key], rel=1e-4), (name, row["step"], key)
+    assert read_json(tmp_path / "one" / "seen.json") == read_json(tmp_path / "two" / "seen.json")
+
+
+# ---- what cannot work is said at once
+
+
+def test_a_layout_that_cannot_work_is_refused_with_every_reason(monkeypatch):
+    for name, value in {"RANK": 0, "WORLD_SIZE": 6, "LOCAL_RANK": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError) as error:
+        init_mesh("cpu", ParallelConfig(tp=4, ep=5, zero=3, shard_within=3), MODELS["moe"])
+    reasons = str(error.value).split("; ")
+    assert "\n" not in str(error.value)
+    for begin in (
+        "parallel.tp * cp = 4 does not divide WORLD_SIZE=6",
+        "parallel.ep=5 does not divide the 1 ranks",
+        "parallel.shard_within=3 is not a multiple of ep=5",
+        "parallel.ep=5 does not divide num_experts=12",
+    ):
+        assert any(reason.startswith(begin) for reason in reasons), begin
+    assert objections(ParallelConfig(tp=4), 4, MODELS["llama"])[0].startswith(
+        "parallel.tp=4 is more than num_key_value"
+    )
+    assert objections(ParallelConfig(tp=2), 4, MODELS["llama"]) == []
+
+
+def test_cut_models_are_not_saved_yet(corpus, tmp_path):
+    with pytest.raises(UserError, match=r"cannot be saved yet; set checkpoint\.every = 0"):
+        tiny_run(corpus, tmp_path, parallel={"tp": 2})
+
+
+def cut_an_unknown_model():
+    model = build_model(MODELS["tied"], "cpu")
+    model.layers["0"].extra = nn.Linear(3, 3)
+    mesh = init_mesh("cpu", ParallelConfig(tp=2), MODELS["tied"])
+    with pytest.raises(
+        UserError, match=r"no row of Qwen3ForCausalLM\.TP_PLAN says how to cut layers\.0\.extra\.weight"
+    ):
+        parallelize(model, mesh, TrainConfig())
+    with pytest.raises(UserError, match="cut by an earlier run"):
+        parallelize(model, mesh, TrainConfig())
+    model = build_model(MODELS["tied"])
+    with pytest.raises(UserError, match="init_mesh was not given the config of this model"):
+        parallelize(model, init_mesh("cpu", ParallelConfig(tp=2)), TrainConfig())
+
+
+def test_a_parameter_that_the_plan_does_not_name_is_refused():
+    spawn(2, cut_an_unknown_model)
