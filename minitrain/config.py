@@ -210,6 +210,10 @@ class Config:
                 f"optim.warmup_steps={self.optim.warmup_steps} and decay_steps={self.optim.decay_steps} "
                 f"are together more than train.steps={self.train.steps}"
             )
+        if self.data.tokens_per_row % self.parallel.cp:
+            raise UserError(
+                f"data.tokens_per_row={self.data.tokens_per_row} is not divisible by parallel.cp={self.parallel.cp}"
+            )
         cuts = self.parallel.tp > 1 or self.parallel.ep > 1
         if cuts and (self.checkpoint.every or self.checkpoint.export):
             raise UserError(

@@ -26,6 +26,7 @@ from minitrain.models import build_model, init_weights, load_object, materialize
 from minitrain.optim import adamw, lr_at
 from minitrain.parallel import compute_dtype, parallelize
 from minitrain.parallel.comm import sum_equal
+from minitrain.parallel.cp import share_tokens
 from minitrain.parallel.mesh import ALONE, Mesh, init_mesh
 from minitrain.parallel.zero import shard_optimizer
 from minitrain.validate import validate
@@ -113,15 +114,16 @@ def forward_backward(
     """
     total, extras = 0.0, {}
     for i, batch in enumerate(batches, 1):
-        batch.share = 1 / (len(batches) * mesh.dp_size * mesh.group("tp").size)  # ranks of tp add up their gradients
+        batch.share = 1 / (len(batches) * mesh.size)  # ranks that share a row add up what they have of it
+        batch = share_tokens(batch, mesh.group("cp"))
         loss, named = loss_fn(model(batch), model.lm_head, batch)
         with backward(i == len(batches)):
             (loss * scale).backward()
         total = total + loss.detach() * scale
         for name, value in named.items():
             extras[name] = extras.get(name, 0.0) + value.detach() * scale
-    if mesh.dp_size > 1:
-        total, *values = sum_equal(torch.stack([total, *extras.values()]), mesh.group("dp"))
+    if mesh.group("data").size > 1:
+        total, *values = sum_equal(torch.stack([total, *extras.values()]), mesh.group("data"))
         extras = dict(zip(extras, values, strict=True))
     return total, extras
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import minitrain as mt
 from minitrain.attention import attention
-from minitrain.batch import IGNORE
+from minitrain.batch import IGNORE, Batch
 from minitrain.config import ParallelConfig, TrainConfig, UserError
 from minitrain.loss import cross_entropy
 from minitrain.models import build_model, init_weights
@@ -22,6 +22,7 @@ from minitrain.models.llama import LlamaConfig
 from minitrain.models.qwen3 import Qwen3Config
 from minitrain.models.qwen3_moe import Qwen3MoeConfig
 from minitrain.parallel import parallelize
+from minitrain.parallel.cp import assign
 from minitrain.parallel.gather import whole
 from minitrain.parallel.layout import objections
 from minitrain.parallel.mesh import ALONE, init_mesh
@@ -48,7 +49,7 @@ def loss_fn(hidden_TD, head, batch):
     return loss + 0.1 * z + 0.01 * hidden_TD.square().sum(), {"z": z}
 
 
-def run(name, parallel=None, mesh=ALONE, spoil=lambda model: None):
+def run(name, parallel=None, mesh=ALONE, steps=STEPS, spoil=lambda model: None, long=False):
     """-> what all steps gave, the first one's gradients, the weights after the last; these as gradients() has them."""
     parallel = parallel or ParallelConfig()
     model = build_model(MODELS[name], "cpu").double()
@@ -57,8 +58,8 @@ def run(name, parallel=None, mesh=ALONE, spoil=lambda model: None):
     spoil(model)
     opt = shard_optimizer(model, adamw, mesh, parallel)
     losses, norms, grads = [], [], None
-    for step in range(STEPS):
-        rows = make_rows(step, ROWS)
+    for step in range(steps):
+        rows = make_long_rows(step) if parallel.cp > 1 or long else make_rows(step, ROWS)
         mine = rows[mesh.dp_rank :: mesh.dp_size]
         tokens = mesh.sum_rows(sum(b.num_targets for b in mine))
         assert tokens == sum(b.num_targets for b in rows)
@@ -84,20 +85,32 @@ def gradients(opt):
     return found
 
 
-def write_expected(path, names):
+def make_long_rows(step):
+    """Rows of 24 tokens, for context parallel: documents across its cuts and inside them, one as long as a row."""
+    generator = torch.Generator().manual_seed(step)
+    rows = []
+    for lengths in ((24,), (1, 15, 8), (5, 4, 3, 12), (11, 1, 1, 11)):
+        rows.append(Batch.pack([torch.randint(SIZES["vocab_size"], (n,), generator=generator) for n in lengths]))
+        rows[-1].targets[torch.rand(24, generator=generator) < 0.3] = IGNORE
+        rows[-1].num_targets = int((rows[-1].targets != IGNORE).sum())
+    return rows
+
+
+def write_expected(path, names, long=False):
     tensors = {}
     for name in names:
-        results, grads, weights = run(name)
+        results, grads, weights = run(name, long=long)
         tensors |= {f"{name} {key}": value for key, value in results.items()}
         for kind, of in (("gradient", grads), ("weight", weights)):
             tensors |= {f"{name} {kind} {key}": flat.view(p.shape) for key, (p, _, flat) in of.items()}
     write_safetensors(path, tensors)
 
 
-def errors(name, parallel, mesh, expected, **options):
-    """{what: relative error}, largest of all ranks."""
-    results, grads, weights = run(name, parallel, mesh, **options)
-    found = {key: difference(value, expected[f"{name} {key}"]) for key, value in results.items()}
+def errors(name, parallel, mesh, expected, steps=STEPS, **options):
+    """{what: relative error}, largest of all ranks; weights after all steps only."""
+    results, grads, weights = run(name, parallel, mesh, steps, **options)
+    found = {key: difference(value, expected[f"{name} {key}"][:steps]) for key, value in results.items()}
+    weights = weights if steps == STEPS else {}
     for kind, of in (("gradient", grads), ("weight", weights)):
         for key, (p, first, piece) in of.items():
             one = expected[f"{name} {kind} {key}"]
@@ -112,8 +125,9 @@ def errors(name, parallel, mesh, expected, **options):
 
 
 def compare_all(cases, path):
-    expected = load_file(path)
+    short, long = load_file(path / "short"), load_file(path / "long")
     for name, parallel in cases:
+        expected = long if parallel.cp > 1 else short
         found = errors(name, parallel, init_mesh("cpu", parallel, MODELS[name]), expected)
         worst = max(found, key=found.get)
         assert found[worst] <= TOLERANCE, f"{name} {parallel}: {worst} differs by {found[worst]:.1e}"
@@ -123,23 +137,26 @@ def check(ranks, layouts, tmp_path):
     """Under ZeRO 0 and 3, every model that the layout can cut."""
     layouts = [dataclasses.replace(layout, zero=zero) for layout in layouts for zero in (0, 3)]
     cases = [(name, of) for of in layouts for name in MODELS if not objections(of, ranks, MODELS[name])]
-    write_expected(tmp_path / "one-process", {name for name, _ in cases})
-    spawn(ranks, compare_all, cases, tmp_path / "one-process")
+    for path, some in (("short", [c for c in cases if c[1].cp == 1]), ("long", [c for c in cases if c[1].cp > 1])):
+        write_expected(tmp_path / path, {name for name, _ in some}, path == "long")
+    spawn(ranks, compare_all, cases, tmp_path)
 
 
 @pytest.mark.parametrize("ranks", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
 def test_each_axis_equals_one_process(ranks, tmp_path):
-    check(ranks, [ParallelConfig(tp=ranks), ParallelConfig(ep=ranks)], tmp_path)
+    check(ranks, [ParallelConfig(tp=ranks), ParallelConfig(ep=ranks), ParallelConfig(cp=ranks)], tmp_path)
 
 
 @pytest.mark.slow
 def test_axes_together_equal_one_process(tmp_path):
-    check(4, [ParallelConfig(tp=2, ep=2), ParallelConfig(tp=2), ParallelConfig(ep=2)], tmp_path)
+    layouts = [{"tp": 2}, {"ep": 2}, {"cp": 2}, {"tp": 2, "ep": 2}, {"tp": 2, "cp": 2}, {"cp": 2, "ep": 2}]
+    check(4, [ParallelConfig(**sizes) for sizes in [*layouts, {"cp": 2, "ep": 4}]], tmp_path)
 
 
 @pytest.mark.slow
 def test_three_axes_together_equal_one_process(tmp_path):
-    check(8, [ParallelConfig(tp=2, ep=2), ParallelConfig(tp=2, ep=2, shard_within=2)], tmp_path)
+    layouts = [{"tp": 2, "ep": 2}, {"tp": 2, "cp": 2}, {"tp": 2, "cp": 2, "ep": 4}, {"tp": 2, "cp": 2, "ep": 2}]
+    check(8, [ParallelConfig(**sizes) for sizes in layouts], tmp_path)
 
 
 # ---- each part of it is needed
@@ -177,7 +194,7 @@ def compare_with_mistakes(path):
     expected = load_file(path)
     for name, parallel, spoil, which, wrong in CONTROLS:
         mesh = init_mesh("cpu", parallel, MODELS[name])
-        found = errors(name, parallel, mesh, expected, spoil=functools.partial(spoil, name=which))
+        found = errors(name, parallel, mesh, expected, 1, spoil=functools.partial(spoil, name=which))
         assert found[f"gradient {wrong}"] > 1e-3, (name, parallel, spoil.__name__, which)
 
 
@@ -274,3 +291,26 @@ def cut_an_unknown_model():
 
 def test_a_parameter_that_the_plan_does_not_name_is_refused():
     spawn(2, cut_an_unknown_model)
+
+
+# ---- the tokens of a row under context parallel
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize(
+    "lengths", [[4096], [1, 4095], [64] * 64, [2048, 1024, 512, 256, 128, 64, 64], [7, 3000, 1089]]
+)
+def test_the_work_of_ranks_is_balanced(lengths, ranks):
+    work = torch.cat([torch.arange(1, n + 1) for n in lengths])
+    shares = assign(work, ranks)
+    assert torch.cat(shares).sort()[0].equal(torch.arange(4096))
+    assert {len(share) for share in shares} == {4096 // ranks}
+    loads = [work[share].sum().item() for share in shares]
+    assert max(loads) <= 1.1 * sum(loads) / ranks
+
+
+def test_rows_that_cannot_be_shared_out_are_refused(corpus, tmp_path):
+    with pytest.raises(UserError, match="a row of 9 tokens is not divisible by parallel.cp=2"):
+        assign(torch.arange(9), 2)
+    with pytest.raises(UserError, match="data.tokens_per_row=64 is not divisible by parallel.cp=3"):
+        tiny_run(corpus, tmp_path, parallel={"cp": 3})

@@ -19,7 +19,7 @@ FLOORS = [
     {
         "left": {"models", "models.layers", "models.llama", "models.qwen3", "models.qwen3_moe",
                  "loss", "optim", "data", "chat", "metrics"},
-        "right": {"parallel.cut", "parallel.ddp", "parallel.ep", "parallel.gather", "parallel.offload",
+        "right": {"parallel.cp", "parallel.cut", "parallel.ddp", "parallel.ep", "parallel.gather", "parallel.offload",
                   "parallel.owners", "parallel.tp", "parallel.zero"},
     },
     {"checkpoint", "hf", "parallel"},

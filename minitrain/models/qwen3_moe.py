@@ -129,6 +129,7 @@ class MoE(nn.Module):
         self.cfg = cfg
         self.gate = nn.Linear(cfg.hidden_size, cfg.num_experts, bias=False)
         self.experts = Experts(cfg.num_experts, cfg.hidden_size, cfg.moe_intermediate_size)
+        self.load_balancing_loss = load_balancing_loss  # a seam: parallel/cp.py counts over all tokens of a row
         self.register_buffer("load", torch.zeros(cfg.num_experts, dtype=torch.int64), persistent=False)
 
     def forward(self, x_TD: Tensor, batch: Batch) -> Tensor:
@@ -158,7 +159,7 @@ class MoE(nn.Module):
             return y_TD
         loss = 0.0
         if self.cfg.router_aux_loss_coef:
-            loss = loss + self.cfg.router_aux_loss_coef * load_balancing_loss(probs_TE, counts_E)
+            loss = loss + self.cfg.router_aux_loss_coef * self.load_balancing_loss(probs_TE, counts_E)
         if self.cfg.router_z_loss_coef:
             loss = loss + self.cfg.router_z_loss_coef * logits_TE.logsumexp(-1).square().mean()
         if not torch.is_tensor(loss):

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minitrain.attention import attention, choose
 from minitrain.config import TrainConfig, UserError
+from minitrain.parallel.cp import apply_cp
 from minitrain.parallel.ep import apply_ep
 from minitrain.parallel.mesh import Mesh
 from minitrain.parallel.tp import apply_tp
@@ -25,6 +26,7 @@ def parallelize(model: nn.Module, mesh: Mesh, cfg: TrainConfig) -> nn.Module:
         apply_tp(model, mesh)
     if mesh.group("ep").size > 1:
         apply_ep(model, mesh)
+    apply_cp(model, mesh)
     for block in model.layers.values():
         plain = forward = getattr(block.forward, "plain", block.forward)
         if cfg.compile == "on" or (cfg.compile == "auto" and mesh.device.type == "cuda"):
@@ -59,7 +61,8 @@ def _use_attention(model, mesh, cfg):
 
 
 def _is_ours(function) -> bool:
-    """minitrain's attention, or what an earlier _use_attention made of it."""
+    """minitrain's attention, or what an earlier parallelize made of it."""
+    function = getattr(function, "plain", function)
     if isinstance(function, functools.partial):
         return function.func is attention and function.keywords.keys() == {"backend"}
     return function is attention
