@@ -53,11 +53,11 @@ def loss_fn(hidden_TD, head, batch):
     return loss + 0.1 * z + 0.01 * hidden_TD.square().sum(), {"z": z}
 
 
-def run(name, parallel=None, mesh=ALONE, steps=STEPS, spoil=lambda model: None, long=False, num_rows=4):
+def run(name, parallel=None, mesh=ALONE, steps=STEPS, spoil=lambda model: None, long=False, num_rows=4, train=None):
     """-> what all steps gave, the first one's gradients, the weights after the last; these as gradients() has them."""
     parallel = parallel or ParallelConfig()
     model = build_model(MODELS[name], "cpu").double()
-    model = parallelize(model, mesh, TrainConfig())
+    model = parallelize(model, mesh, train or TrainConfig())
     init_weights(model, 0)
     if name == "starved":  # all tokens choose the same experts
         for block in model.layers.values():
@@ -134,16 +134,16 @@ def errors(name, parallel, mesh, expected, steps=STEPS, **options):
     return {key: max(of_rank[key] for _, of_rank in of_ranks) for key in found}
 
 
-def compare_all(cases, path, num_rows):
+def compare_all(cases, path, **options):
     short, long = load_file(path / "short"), load_file(path / "long")
     for name, parallel in cases:
         expected = long if parallel.cp > 1 else short
-        found = errors(name, parallel, init_mesh("cpu", parallel, MODELS[name]), expected, num_rows=num_rows)
+        found = errors(name, parallel, init_mesh("cpu", parallel, MODELS[name]), expected, **options)
         worst = max(found, key=found.get)
         assert found[worst] <= TOLERANCE, f"{name} {parallel}: {worst} differs by {found[worst]:.1e}"
 
 
-def check(ranks, layouts, tmp_path):
+def check(ranks, layouts, tmp_path, train=None):
     """Under ZeRO 0 and 3, every model that the layout can cut."""
     layouts = [dataclasses.replace(layout, zero=zero) for layout in layouts for zero in (0, 3)]
     cases = [(name, of) for of in layouts for name in MODELS if not objections(of, ranks, MODELS[name])]
@@ -151,7 +151,8 @@ def check(ranks, layouts, tmp_path):
     num_rows = 3 if ranks == 3 else 4
     for path, some in (("short", [c for c in cases if c[1].cp == 1]), ("long", [c for c in cases if c[1].cp > 1])):
         write_expected(tmp_path / path, {name for name, _ in some}, long=path == "long", num_rows=num_rows)
-    spawn(ranks, compare_all, cases, tmp_path, num_rows)
+    compare = functools.partial(compare_all, num_rows=num_rows, train=train)
+    spawn(ranks, compare, cases, tmp_path)
 
 
 @pytest.mark.parametrize("ranks", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
@@ -169,6 +170,12 @@ def test_axes_together_equal_one_process(tmp_path):
 def test_three_axes_together_equal_one_process(tmp_path):
     layouts = [{"tp": 2, "ep": 2}, {"tp": 2, "cp": 2}, {"tp": 2, "cp": 2, "ep": 4}, {"tp": 2, "cp": 2, "ep": 2}]
     check(8, [ParallelConfig(**sizes) for sizes in layouts], tmp_path)
+
+
+@pytest.mark.slow
+def test_recomputed_blocks_repeat_their_collectives(tmp_path):
+    layouts = [ParallelConfig(tp=2), ParallelConfig(ep=2), ParallelConfig(cp=2)]
+    check(2, layouts, tmp_path, TrainConfig(recompute="full"))
 
 
 # ---- each part of it is needed
@@ -341,6 +348,9 @@ def cut_an_unknown_model():
         parallelize(model, mesh, TrainConfig())
     with pytest.raises(UserError, match="cut by an earlier run"):
         parallelize(model, mesh, TrainConfig())
+    model = parallelize(build_model(MODELS["tied"], "cpu"), mesh, TrainConfig())
+    with pytest.raises(UserError, match=r"needs whole matrices.* parallel\.tp must be 1"):
+        shard_optimizer(model, mt.muon(mt.OptimConfig(), SIZES["vocab_size"]), mesh, ParallelConfig(tp=2))
     model = build_model(MODELS["tied"])
     with pytest.raises(UserError, match="init_mesh was not given the config of this model"):
         parallelize(model, init_mesh("cpu", ParallelConfig(tp=2)), TrainConfig())

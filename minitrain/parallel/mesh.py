@@ -58,6 +58,7 @@ class Mesh:
         return self.groups.get(name, Group())
 
     def sharding(self, grad_sum_on: tuple[str, ...]) -> tuple[Group, Group]:
+        """-> shard, replica."""
         return self.shardings.get(grad_sum_on, (Group(), Group()))
 
     def sum_rows(self, number: int) -> int:

@@ -170,11 +170,11 @@ class ShardedOptimizer(MasterOptimizer):
         self.params = dict(model.named_parameters())
         self.units = make_units(model, mesh)
         self.unit_of = {name: key for key, unit in self.units.items() for name in unit.params}
-        self.is_cut = any(unit.shard.size > 1 for unit in self.units.values())
+        self.is_sharded = any(unit.shard.size > 1 for unit in self.units.values())
         wants_whole = getattr(make, "shard", "piece") == "param"
         if wants_whole and mesh.group("tp").size > 1:
             raise UserError("this optimizer needs whole matrices, of which each rank has a part: parallel.tp must be 1")
-        self.owners = Owners(self.units) if wants_whole and self.is_cut else None
+        self.owners = Owners(self.units) if wants_whole and self.is_sharded else None
         gathers = [key for key, unit in self.units.items() if cfg.zero == 3 and unit.shard.size > 1]
         self.flats, self.shards = {}, {}  # what the model computes with, and this rank's part of it
         self.masters = {}
@@ -189,7 +189,7 @@ class ShardedOptimizer(MasterOptimizer):
             _fill_frozen({name: p for name, p in self.params.items() if name not in self.unit_of}, fill)
         # An empty one where a rank has none at all, since torch's optimizers refuse an empty list.
         self.optimizer = make(list(self.masters.values()) or [nn.Parameter(torch.zeros(0, device=mesh.device))])
-        if self.is_cut or mesh.group("tp").size > 1:
+        if self.is_sharded or mesh.group("tp").size > 1:
             _check_shard(self.optimizer, make)
         self.host = HostState(self.optimizer, mesh.device) if cfg.offload == "optimizer" else None
         parts = [{key: of[key] for key in gathers} for of in (self.units, self.flats, self.shards)]
@@ -334,7 +334,7 @@ class ShardedOptimizer(MasterOptimizer):
 
     @property
     def _is_cut(self):
-        return self.owners is None and self.is_cut
+        return self.owners is None and self.is_sharded
 
     def _cut(self, name: str, whole: Tensor) -> Tensor:
         """This rank's piece of a whole tensor, in the shape of the master."""
