@@ -144,8 +144,9 @@ def compare_all(cases, path, **options):
 
 
 def check(ranks, layouts, tmp_path, train=None):
-    """Under ZeRO 0 and 3, every model that the layout can cut."""
-    layouts = [dataclasses.replace(layout, zero=zero) for layout in layouts for zero in (0, 3)]
+    """Under ZeRO 0 and 3 if the layout names no stage, every model that it can cut."""
+    stages = [(layout, (layout.zero,) if layout.zero else (0, 3)) for layout in layouts]
+    layouts = [dataclasses.replace(layout, zero=zero) for layout, zeros in stages for zero in zeros]
     cases = [(name, of) for of in layouts for name in MODELS if not objections(of, ranks, MODELS[name])]
     cases = [(name, of) for name, of in cases if name != "starved" or of.ep > 1]
     num_rows = 3 if ranks == 3 else 4
@@ -164,6 +165,13 @@ def test_each_axis_equals_one_process(ranks, tmp_path):
 def test_axes_together_equal_one_process(tmp_path):
     layouts = [{"tp": 2}, {"ep": 2}, {"cp": 2}, {"tp": 2, "ep": 2}, {"tp": 2, "cp": 2}, {"cp": 2, "ep": 2}]
     check(4, [ParallelConfig(**sizes) for sizes in [*layouts, {"cp": 2, "ep": 4}]], tmp_path)
+
+
+@pytest.mark.slow
+def test_axes_and_copies_of_shards_under_every_stage_equal_one_process(tmp_path):
+    layouts = [{"ep": 2, "zero": zero, "shard_within": 2} for zero in (1, 2, 3)]
+    layouts += [{"tp": 2, "zero": 2}, {"cp": 2, "zero": 1}, {"tp": 2, "ep": 2, "zero": 2}]
+    check(4, [ParallelConfig(**sizes) for sizes in layouts], tmp_path)
 
 
 @pytest.mark.slow

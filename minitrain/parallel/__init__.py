@@ -15,9 +15,10 @@ from minitrain.parallel.tp import apply_tp
 
 
 def parallelize(model: nn.Module, mesh: Mesh, cfg: TrainConfig) -> nn.Module:
-    """Choose the attention backend, compile each block's forward, then recompute it in backward where asked for.
+    """Choose the attention backend; cut matrices (tp), experts (ep), rows (cp); compile each block, recompute it.
 
-    What an earlier call put on the model gives way.
+    Before the model gets its weights if it is on meta, so that no rank ever has all of them. What an earlier call put
+    on the model gives way, but for cuts of parameters: UserError.
     """
     if any(hasattr(p, "cut_on") for p in model.parameters()):
         raise UserError("the weights of this model are cut by an earlier run with parallel.tp or ep")
