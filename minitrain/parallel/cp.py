@@ -32,10 +32,12 @@ def apply_cp(model: nn.Module, mesh: Mesh) -> None:
         for name, wrap in (("attention", _with_all_keys), ("load_balancing_loss", _with_all_counts)):
             function = getattr(module, name, None)
             if callable(function) and not isinstance(function, nn.Module):
-                plain = getattr(function, "plain", function)
-                wrapped = functools.partial(wrap, plain, mesh.group("cp"))
-                wrapped.plain = plain
-                setattr(module, name, wrapped if mesh.group("cp").size > 1 else plain)
+                used = plain = getattr(function, "plain", function)
+                if mesh.group("cp").size > 1:
+                    used = functools.partial(wrap, plain, mesh.group("cp"))
+                    used.plain = plain
+                if used is not function:
+                    setattr(module, name, used)
 
 
 def _with_all_keys(attention, group, q_THC, k_TKC, v_TKC, cu_seqlens_q, *args, **options) -> Tensor:
