@@ -27,7 +27,7 @@ from minitrain.parallel.comm import (
     ScatterTokens,
     all_reduce,
     gather_equal,
-)  # fmt: skip
+)
 from minitrain.parallel.cut import cut, span
 from minitrain.parallel.mesh import Mesh
 
