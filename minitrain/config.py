@@ -161,10 +161,17 @@ class ParallelConfig:
     """optimizer: master weights and the optimizer's state stay in host memory and pass through the GPU in each step."""
     timeout_s: int = 600
     """Seconds that a rank waits for the others, at the start and in each step, before the run ends."""
+    tp: int = 1
+    """Ranks that share each matrix (tensor parallel), and the tokens between them: neighbours, on one node."""
+    cp: int = 1
+    """Ranks that share the tokens of a row (context parallel)."""
+    ep: int = 1
+    """Ranks that share the experts of a layer (expert parallel), among those that have other tokens."""
 
     def __post_init__(self):
         _at_least(0, parallel__shard_within=self.shard_within)
-        _at_least(1, parallel__timeout_s=self.timeout_s)
+        _at_least(1, parallel__timeout_s=self.timeout_s, parallel__tp=self.tp)
+        _at_least(1, parallel__cp=self.cp, parallel__ep=self.ep)
         if self.shard_within and not self.zero:
             raise UserError(f"parallel.shard_within={self.shard_within}: with parallel.zero=0 nothing is shared out")
 
@@ -206,6 +213,16 @@ class Config:
             raise UserError(
                 f"optim.warmup_steps={self.optim.warmup_steps} and decay_steps={self.optim.decay_steps} "
                 f"are together more than train.steps={self.train.steps}"
+            )
+        if self.data.tokens_per_row % self.parallel.cp:
+            raise UserError(
+                f"data.tokens_per_row={self.data.tokens_per_row} is not divisible by parallel.cp={self.parallel.cp}"
+            )
+        cuts = self.parallel.tp > 1 or self.parallel.ep > 1
+        if cuts and (self.checkpoint.every or self.checkpoint.export):
+            raise UserError(
+                "parallel.tp and ep: models that are cut cannot be saved yet; "
+                "set checkpoint.every = 0 and checkpoint.export = false"
             )
         if self.data.max_seqlen > self.model.max_position_embeddings:
             raise UserError(

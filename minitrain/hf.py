@@ -174,7 +174,8 @@ def _hub_parts(model) -> dict[str, tuple[str, nn.Parameter, int | None]]:
         hub = name if name.startswith("lm_head.") else f"model.{name}"
         if p.ndim == 3:  # layers.0.mlp.experts.up_proj (E, F, D) -> model.layers.0.mlp.experts.7.up_proj.weight (F, D)
             prefix, _, matrix = hub.rpartition(".")
-            parts |= {f"{prefix}.{e}.{matrix}.weight": (name, p, e) for e in range(len(p))}
+            experts = getattr(p, "part", (p.shape,))[0][0]  # of all ranks
+            parts |= {f"{prefix}.{e}.{matrix}.weight": (name, p, e) for e in range(experts)}
         else:
             parts[hub] = name, p, None
     return parts
@@ -182,6 +183,15 @@ def _hub_parts(model) -> dict[str, tuple[str, nn.Parameter, int | None]]:
 
 def _part(p, expert) -> Tensor:
     return p.detach() if expert is None else p.detach()[expert]
+
+
+def _load(tensor: Tensor, p: nn.Parameter, expert: int | None) -> None:
+    """A whole tensor into a parameter, or into that part of it which this rank has."""
+    _, place = getattr(p, "part", (p.shape, tuple(slice(0, n) for n in p.shape)))
+    if expert is None:
+        p.detach().copy_(tensor[place])
+    elif place[0].start <= expert < place[0].stop:
+        p.detach()[expert - place[0].start].copy_(tensor[place[1:]])
 
 
 def load_weights(model: nn.Module, folder: Path, names: Collection[str] | None = None) -> None:
@@ -198,17 +208,18 @@ def load_weights(model: nn.Module, folder: Path, names: Collection[str] | None =
         raise UserError(f"{folder}: lacks {_listed(missing, sorted(files.keys() - parts.keys()))}")
     if extra := sorted(files.keys() - parts.keys() - ignored):
         raise UserError(f"{folder}: holds tensors that the model has not: {_listed(extra, sorted(parts))}")
-    views = {hub: _part(p, e) for hub, (name, p, e) in parts.items() if names is None or name in names}
-    readers = {file: open_safetensors(folder / file) for file in sorted({files[name] for name in views})}
-    for name, view in views.items():
+    wanted = {hub: (p, e) for hub, (name, p, e) in parts.items() if names is None or name in names}
+    readers = {file: open_safetensors(folder / file) for file in sorted({files[name] for name in wanted})}
+    for name, (p, expert) in wanted.items():
         reader = readers[files[name]]
         shape = tuple(reader.get_slice(name).get_shape())
-        if shape != tuple(view.shape):
-            raise UserError(f"{folder / files[name]}: {name} has shape {shape}, the model's is {tuple(view.shape)}")
+        whole = tuple(getattr(p, "part", (p.shape,))[0])[0 if expert is None else 1 :]
+        if shape != whole:
+            raise UserError(f"{folder / files[name]}: {name} has shape {shape}, the model's is {whole}")
         tensor = reader.get_tensor(name)
         if not tensor.is_floating_point():
             raise UserError(f"{folder / files[name]}: {name} is {tensor.dtype}, not a floating-point tensor")
-        view.copy_(tensor)
+        _load(tensor, p, expert)
     model.source = folder
 
 

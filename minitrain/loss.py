@@ -21,10 +21,26 @@ _PIECE_BYTES = 5 << 28  # 1.25 GiB of logits at a time: 4,416 rows of bf16 at V 
 
 
 def cross_entropy(hidden_TD: Tensor, head: nn.Linear, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum of -log softmax(head(hidden))[target] over targets that are not IGNORE, fp32."""
+    """Sum of -log softmax(head(hidden))[target] over targets that are not IGNORE, fp32 (fp64 for fp64)."""
     if getattr(head, "bias", None) is not None:
         raise ValueError("cross_entropy: the head has a bias, which this loss does not apply")
-    return _LinearCrossEntropy.apply(hidden_TD, head.weight, batch.targets, torch.is_grad_enabled()), {}
+    vocabulary = getattr(head, "vocabulary", _Whole)
+    return _LinearCrossEntropy.apply(hidden_TD, head.weight, batch.targets, vocabulary, torch.is_grad_enabled()), {}
+
+
+class _Whole:
+    """The vocabulary of a head that has all of it; parallel/tp.py puts another on heads of which ranks have ranges."""
+
+    first = 0  # token of the head's first row
+
+    @staticmethod
+    def gather(x: Tensor) -> Tensor:
+        """Of each rank, (ranks, *x.shape)."""
+        return x[None]
+
+    @staticmethod
+    def sum(x: Tensor) -> None:
+        """Over the ranks, in place."""
 
 
 def piece_rows(vocab_size: int, element_bytes: int) -> int:
@@ -36,19 +52,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Gradients are made in the forward, while a piece's logits are there; backward only scales them."""
 
     @staticmethod
-    def forward(ctx, x_TD, w_VD, targets_T, grad_enabled):
+    def forward(ctx, x_TD, w_VD, targets_T, vocabulary, grad_enabled):
         with_grad = grad_enabled and any(ctx.needs_input_grad)  # the latter knows nothing of torch.no_grad
         d_x = torch.empty_like(x_TD) if with_grad else None
-        d_w = torch.zeros_like(w_VD, dtype=torch.float32) if with_grad else None
+        d_w = torch.zeros_like(w_VD, dtype=_wide(w_VD.dtype)) if with_grad else None
         losses = []
         rows = piece_rows(w_VD.shape[0], x_TD.element_size())
         for start in range(0, len(x_TD), rows):
             piece = slice(start, start + rows)
             x, logits_NV = x_TD[piece], F.linear(x_TD[piece], w_VD)
-            losses.append(softmax_cross_entropy_(logits_NV, targets_T[piece], with_grad))
+            if vocabulary is _Whole:
+                losses.append(softmax_cross_entropy_(logits_NV, targets_T[piece], with_grad))
+            else:
+                losses.append(_cut_softmax_cross_entropy_(logits_NV, targets_T[piece], vocabulary, with_grad))
             if with_grad:  # logits_NV now holds their gradient
                 torch.mm(logits_NV, w_VD, out=d_x[piece])
                 _add_product(d_w, logits_NV.T, x)
+        if with_grad:
+            vocabulary.sum(d_x)
         ctx.save_for_backward(d_x, d_w)
         ctx.w_dtype = w_VD.dtype
         return torch.cat(losses).sum()
@@ -56,7 +77,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d):
         d_x, d_w = ctx.saved_tensors
-        return (d_x * d).to(d_x.dtype), (d_w * d).to(ctx.w_dtype), None, None
+        return (d_x * d).to(d_x.dtype), (d_w * d).to(ctx.w_dtype), None, None, None
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -73,14 +94,14 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 def softmax_cross_entropy_(logits_NV: Tensor, targets_N: Tensor, write_grad: bool) -> Tensor:
     """-> losses (N,) fp32, 0 where the target is IGNORE. write_grad: logits become softmax - onehot, in place.
 
-    logits (N, V) contiguous, bf16 or fp32; targets (N,) int64.
+    logits (N, V) contiguous, bf16 or fp32 (on the CPU also fp64, whose losses are fp64); targets (N,) int64.
     """
     rows = zip(logits_NV.split(256), targets_N.split(256), strict=True)  # what is made in fp32 on the way stays small
     return torch.cat([_softmax_cross_entropy_(*r, write_grad) for r in rows])
 
 
 def _softmax_cross_entropy_(logits_NV, targets_N, write_grad):
-    wide = logits_NV.float()  # the tensor itself where it is fp32
+    wide = logits_NV.to(_wide(logits_NV.dtype))  # the tensor itself where it is fp32
     trained_N = targets_N != IGNORE
     picked_N1 = targets_N.clamp(min=0)[:, None]
     lse_N = wide.logsumexp(-1)
@@ -94,7 +115,30 @@ def _softmax_cross_entropy_(logits_NV, targets_N, write_grad):
 
 @softmax_cross_entropy_.register_fake
 def _(logits_NV, targets_N, write_grad):
-    return logits_NV.new_empty(len(logits_NV), dtype=torch.float32)
+    return logits_NV.new_empty(len(logits_NV), dtype=_wide(logits_NV.dtype))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _cut_softmax_cross_entropy_(logits_NV: Tensor, targets_N: Tensor, vocabulary, write_grad: bool) -> Tensor:
+    """The same where each rank has the logits of a range of tokens: log-sum-exps and targets' logits are exchanged."""
+    wide = _wide(logits_NV.dtype)
+    local_N1 = (targets_N - vocabulary.first)[:, None]
+    here_N1 = (local_N1 >= 0) & (local_N1 < logits_NV.shape[1])
+    local_N1 = local_N1.where(here_N1, 0)
+    picked_N = logits_NV.gather(1, local_N1).to(wide).where(here_N1, 0)[:, 0]
+    lse_N = torch.cat([piece.to(wide).logsumexp(-1) for piece in logits_NV.split(256)])
+    lse_RN, picked_RN = vocabulary.gather(torch.stack([lse_N, picked_N])).unbind(1)
+    lse_N, trained_N = lse_RN.logsumexp(0), targets_N != IGNORE
+    if write_grad:
+        rows = zip(*(t.split(256) for t in (logits_NV, lse_N, local_N1, here_N1, trained_N)), strict=True)
+        for logits, lse, local, here, trained in rows:
+            probs = (logits.to(wide) - lse[:, None]).exp_()
+            probs.scatter_add_(1, local, -here.to(wide))
+            logits.copy_(probs.mul_(trained[:, None]))
+    return (lse_N - picked_RN.sum(0)).where(trained_N, 0)
 
 
 if kernels is not None:

@@ -74,11 +74,11 @@ class Flops:
     @classmethod
     def of(cls, model: nn.Module) -> "Flops":
         cfg = model.config
-        blocks = sum(p.numel() for p in model.layers.parameters() if p.ndim == 2)
-        if stacked := sum(p.numel() for p in model.layers.parameters() if p.ndim == 3):
+        blocks = sum(_numel(p) for p in model.layers.parameters() if p.ndim == 2)
+        if stacked := sum(_numel(p) for p in model.layers.parameters() if p.ndim == 3):
             blocks += stacked * cfg.num_experts_per_tok // cfg.num_experts
         attention = cfg.num_hidden_layers * cfg.num_attention_heads * cfg.head_dim
-        return cls(blocks, model.lm_head.weight.numel(), attention)
+        return cls(blocks, _numel(model.lm_head.weight), attention)
 
     def causal(self, tokens: int, pairs: int) -> float:
         """C."""
@@ -94,6 +94,11 @@ class Flops:
         return self.causal(tokens, pairs) + again
 
 
+def _numel(p: nn.Parameter) -> int:
+    """Of the whole one, where ranks have parts."""
+    return math.prod(getattr(p, "part", (p.shape,))[0])
+
+
 class Log:
     """`with Log(...) as log`: one line a step in metrics.jsonl, and every log_every steps one on the console.
 
@@ -106,11 +111,12 @@ class Log:
         self.path, self.first = run_dir / "metrics.jsonl", first
         self.cfg, self.model, self.device = cfg, model, mesh.device
         self.writes, self.ranks = mesh.rank == 0, mesh.dp_size
+        self.of_a_row = mesh.size // mesh.dp_size  # ranks that share the work
         self.flops = Flops.of(model)
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         self.peak = peak_tflops(name)
         self.waiting: list[tuple[dict, int, int, dict[str, Tensor]]] = []  # row, tokens, pairs, scalars on the device
-        total, active = sum(p.numel() for p in model.parameters()), self.flops.blocks + self.flops.head
+        total, active = sum(_numel(p) for p in model.parameters()), self.flops.blocks + self.flops.head
         log.info("%s: %.4g M parameters, %.4g M in matrices for each token; %s", type(model).__name__, total / 1e6,
                  active / 1e6, name)  # fmt: skip
 
@@ -200,10 +206,11 @@ class Log:
     def _speed(self, seconds) -> dict:
         steps = len(self.waiting)
         tokens, pairs = sum(n for _, n, _, _ in self.waiting), sum(n for _, _, n, _ in self.waiting)
+        mine = tokens / self.of_a_row, pairs / self.of_a_row
         flops = {
-            "mfu_c": self.flops.causal(tokens, pairs),
-            "mfu_f": self.flops.full(tokens, pairs),
-            "hfu": self.flops.hardware(tokens, pairs, self.cfg.recompute),
+            "mfu_c": self.flops.causal(*mine),
+            "mfu_f": self.flops.full(*mine),
+            "hfu": self.flops.hardware(*mine, self.cfg.recompute),
         }
         speed = {"tokens_per_s": self.ranks * tokens / seconds, "step_ms": 1000 * seconds / steps}
         speed |= {"data_wait_ms": 1000 * self.data_wait / steps, "tflops_c": flops["mfu_c"] / seconds / 1e12}

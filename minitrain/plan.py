@@ -7,10 +7,14 @@ allocator loses are not counted.
 
 from dataclasses import dataclass, fields
 
+import torch
+
 from minitrain.config import Config
 from minitrain.loss import piece_rows
 from minitrain.models import build_model
-from minitrain.parallel.ddp import make_units, row_buffers
+from minitrain.parallel.comm import Group
+from minitrain.parallel.ddp import DENSE, make_units, row_buffers
+from minitrain.parallel.mesh import Mesh
 
 _WIDE = 4  # bytes of fp32: masters, their gradients, moments
 
@@ -48,7 +52,8 @@ def predict_memory(cfg: Config, ranks: int = 1) -> Memory:
     shards = 1 if parallel.zero == 0 else parallel.shard_within or ranks
     zero = parallel.zero if shards > 1 else 0
     model = build_model(cfg.model)
-    units = make_units(model, shards)
+    mesh = Mesh(torch.device("meta"), shardings={DENSE: (Group(size=shards), Group())})
+    units = make_units(model, mesh)
     whole = sum(unit.numel for unit in units.values()) if is_flat else sum(p.numel() for p in model.parameters())
     shard = whole // shards
     blocks = [unit.numel for key, unit in units.items() if key.startswith("layers.")]

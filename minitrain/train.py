@@ -26,6 +26,7 @@ from minitrain.models import build_model, init_weights, load_object, materialize
 from minitrain.optim import adamw, lr_at
 from minitrain.parallel import compute_dtype, parallelize
 from minitrain.parallel.comm import sum_equal
+from minitrain.parallel.cp import share_tokens
 from minitrain.parallel.mesh import ALONE, Mesh, init_mesh
 from minitrain.parallel.zero import shard_optimizer
 from minitrain.signals import EXIT_CODE, StopSignals
@@ -53,14 +54,14 @@ def train(
     """
     if cfg.train.deterministic:
         use_deterministic_algorithms()
-    mesh = init_mesh(cfg.train.device, cfg.parallel)
+    mesh = init_mesh(cfg.train.device, cfg.parallel, model.config if model else cfg.model)
     loss_fn = loss_fn or load_object(cfg.train.loss)
     model = model or build_model(cfg.model)  # on meta: names and shapes, no bytes
     data = iter(PackedData(cfg.data, mesh, model.config.vocab_size) if data is None else data)
     if cfg.train.validate_every and not hasattr(data, "held_out_rows"):
         raise UserError("train.validate_every: data of your own needs held_out_rows(), as PackedData has it")
-    fill = set_weights(model, cfg, mesh)
     model = parallelize(model, mesh, cfg.train)
+    fill = set_weights(model, cfg, mesh)
     opt = shard_optimizer(model, optimizer or adamw(cfg.optim), mesh, cfg.parallel, fill)
     with contextlib.closing(opt), Checkpointer(cfg, opt, data, mesh) as ckpt, StopSignals() as signals:
         first = ckpt.resume()
@@ -70,6 +71,7 @@ def train(
                 # Of all ranks: trained tokens, and how many were asked to stop; all stop after the same step.
                 counts = torch.tensor([sum(b.num_targets for b in batches), signals.asked])
                 tokens, asked = mesh.sum_host(counts).tolist()
+                tokens = tokens * mesh.dp_size // mesh.size  # of ranks with the same rows once
                 loss, extras = forward_backward(model, batches, loss_fn, 1 / max(1, tokens), mesh, opt.backward)
                 norm = opt.clip_grad_norm(cfg.optim.max_norm, loss)  # both stay on the device
                 lr = lr_at(step, cfg.optim, cfg.train.steps)
@@ -121,15 +123,16 @@ def forward_backward(
     """
     total, extras = 0.0, {}
     for i, batch in enumerate(batches, 1):
-        batch.share = 1 / (len(batches) * mesh.dp_size)
+        batch.share = 1 / (len(batches) * mesh.size)  # ranks that share a row add up what they have of it
+        batch = share_tokens(batch, mesh.group("cp"))
         loss, named = loss_fn(model(batch), model.lm_head, batch)
         with backward(i == len(batches)):
             (loss * scale).backward()
         total = total + loss.detach() * scale
         for name, value in named.items():
             extras[name] = extras.get(name, 0.0) + value.detach() * scale
-    if mesh.dp_size > 1:
-        total, *values = sum_equal(torch.stack([total, *extras.values()]), mesh.group("dp"))
+    if mesh.group("data").size > 1:
+        total, *values = sum_equal(torch.stack([total, *extras.values()]), mesh.group("data"))
         extras = dict(zip(extras, values, strict=True))
     return total, extras
 
@@ -145,7 +148,7 @@ def set_weights(model: nn.Module, cfg: Config, mesh: Mesh) -> Callable[[Collecti
     if not is_new:
         model.to(mesh.device, dtype)
         return None
-    is_cut_first = cfg.parallel.zero == 3 and mesh.group("shard").size > 1
+    is_cut_first = cfg.parallel.zero == 3 and mesh.size > 1
     materialize(model, mesh.device, dtype, with_memory=not is_cut_first)
     if cfg.model.pretrained:
         folder = find_folder(cfg.model.pretrained)

@@ -27,7 +27,7 @@ def validate(model: nn.Module, data: PackedData, loss_fn: Callable, mesh: Mesh) 
         losses = torch.stack(losses).tolist()
         if not math.isfinite(sum(losses)):
             raise FloatingPointError(f"validation on {source}: loss {sum(losses)}")
-        total, tokens = mesh.sum(sum(round(loss / _UNIT) for loss in losses)), mesh.sum(tokens)
+        total, tokens = mesh.sum_rows(sum(round(loss / _UNIT) for loss in losses)), mesh.sum_rows(tokens)
         loss = total * _UNIT / max(1, tokens)
         perplexity = math.exp(loss) if loss < 700 else math.inf
         results.append({"source": source, "loss": loss, "perplexity": perplexity, "trained_tokens": tokens})

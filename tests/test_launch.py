@@ -161,11 +161,13 @@ def test_shards_that_do_not_divide_the_ranks_are_refused(monkeypatch):
 
 def look_at_groups():
     mesh = init_mesh("cpu", ParallelConfig(zero=1, shard_within=2))
-    ranks = {name: dist.get_process_group_ranks(group.handle) for name, group in mesh.groups.items()}
+    ranks = {name: dist.get_process_group_ranks(group.handle) for name, group in mesh.groups.items() if group.size > 1}
     row = mesh.rank // 2 * 2
-    assert ranks == {"dp": [0, 1, 2, 3], "shard": [row, row + 1], "replica": [mesh.rank % 2, mesh.rank % 2 + 2]}
+    assert ranks == {name: [0, 1, 2, 3] for name in ("world", "data", "dp")}
+    shardings = [dist.get_process_group_ranks(group.handle) for group in mesh.sharding(("dp", "cp"))]
+    assert shardings == [[row, row + 1], [mesh.rank % 2, mesh.rank % 2 + 2]]
     assert (mesh.dp_rank, mesh.dp_size) == (mesh.rank, 4)
-    for name, group in mesh.groups.items():
+    for name, group in [(name, mesh.group(name)) for name in ranks]:
         assert ranks[name][group.rank] == mesh.rank and group.size == len(ranks[name])
     assert mesh.group("tp").size == 1
 

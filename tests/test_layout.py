@@ -10,16 +10,17 @@ import pytest
 ROOT = Path(__file__).parents[1] / "minitrain"
 
 # A file imports from lower floors only; a file of models/ also from models/layers, which is on its own floor.
-# On the right column's floor, zero.py stands on the others, and these on ddp.py.
+# On the right column's floor, zero.py stands on others, these on ddp.py, and what cuts a model on cut.py.
 # The two columns of floor 3 do not know each other: models, losses and optimizers are plain, parallel/ wraps them.
 FLOORS = [
     {"config", "kernels"},
-    {"fused_attention", "parallel.comm", "signals", "storage"},
+    {"fused_attention", "parallel.comm", "parallel.layout", "signals", "storage"},
     {"shards", "batch", "attention", "norm_rotate", "parallel.mesh", "pieces"},
     {
         "left": {"models", "models.layers", "models.llama", "models.qwen3", "models.qwen3_moe",
                  "loss", "optim", "data", "chat", "metrics"},
-        "right": {"parallel.ddp", "parallel.gather", "parallel.offload", "parallel.owners", "parallel.zero"},
+        "right": {"parallel.cp", "parallel.cut", "parallel.ddp", "parallel.ep", "parallel.gather", "parallel.offload",
+                  "parallel.owners", "parallel.tp", "parallel.zero"},
     },
     {"checkpoint", "hf", "parallel"},
     {"validate", "generate", "plan"},
@@ -33,7 +34,9 @@ FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in (LEFT | RIGHT if 
 BENEATH = {
     "parallel.gather": {"parallel.ddp"},
     "parallel.owners": {"parallel.ddp"},
-    "parallel.zero": RIGHT - {"parallel.zero"},
+    "parallel.ep": {"parallel.cut"},
+    "parallel.tp": {"parallel.cut"},
+    "parallel.zero": {"parallel.ddp", "parallel.gather", "parallel.offload", "parallel.owners"},
 }
 
 # The only imports of a higher floor; they stand in a function, so that reading the file does not need the other.

@@ -147,8 +147,8 @@ def gradients(opt):
     found = {}
     for key, unit in opt.units.items():
         for name in unit.params:
-            first, end = unit.span(name, opt.group.rank)
-            found[name] = first, unit.piece(opt.gradients.sums[key], name, opt.group.rank).clone()
+            first, end = unit.span(name, unit.shard.rank)
+            found[name] = first, unit.piece(opt.gradients.sums[key], name, unit.shard.rank).clone()
             assert len(found[name][1]) == end - first
     return found
 
@@ -384,7 +384,7 @@ def watch_blocks():
     def gather(flat, shard, group):
         all_gather(flat, shard, group)
         seen.extend(key.removeprefix("layers.") for key in opt.flats if opt.flats[key] is flat)
-        counts.add(sum(opt.flats[key].untyped_storage().nbytes() > 0 for key in opt.gathered.blocks))
+        counts.add(sum(opt.flats[key].untyped_storage().nbytes() > 0 for (key,) in opt.gathered.blocks))
 
     def reduce_scatter(flat, group):
         seen.append("sum " + {unit.numel: key.split(".")[0] for key, unit in opt.units.items()}[flat.numel()])
@@ -398,7 +398,7 @@ def watch_blocks():
     row += ["sum layers", "backward 0", "sum layers", "sum embed_tokens"]
     assert seen == ["embed_tokens", "norm", *row, *row]
     assert max(counts) == 2
-    assert not any(opt.flats[key].untyped_storage().nbytes() for key in opt.gathered.blocks)
+    assert not any(opt.flats[key].untyped_storage().nbytes() for (key,) in opt.gathered.blocks)
 
 
 def test_the_next_block_is_sent_for_before_one_runs_no_third_is_whole_and_sums_begin_in_backward():

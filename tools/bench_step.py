@@ -146,7 +146,7 @@ def main() -> None:
         documents = options.documents or str(cfg.data.max_seqlen)
         if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", documents):
             raise UserError(f"--documents {documents}: give a length, or two as 64:8192")
-        mesh = init_mesh(cfg.train.device, cfg.parallel)
+        mesh = init_mesh(cfg.train.device, cfg.parallel, cfg.model)
         result, collectives = bench(cfg, documents, mesh)
     if mesh.rank > 0:
         return

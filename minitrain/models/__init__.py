@@ -52,6 +52,7 @@ def materialize(model: nn.Module, device: torch.device | str, dtype: torch.dtype
             if p is not None and p.is_meta:
                 if p not in made:
                     made[p] = nn.Parameter(torch.empty_like(p, device=device, dtype=dtype), p.requires_grad)
+                    made[p].__dict__.update(vars(p))  # what parallelize wrote on it
                     if not with_memory:
                         made[p].untyped_storage().resize_(0)
                 module._parameters[name] = made[p]
@@ -91,7 +92,11 @@ def init_weights(model: nn.Module, seed: int, names: Collection[str] | None = No
         else:
             residual = "o_proj" in name or "down_proj" in name
             scale = std / math.sqrt(2 * model.config.num_hidden_layers) if residual else std
-            pieces = [(f"{name}.{e}", expert) for e, expert in enumerate(p)] if p.ndim == 3 else [(name, p)]
+            shape, place = getattr(p, "part", (p.shape, (slice(None),) * p.ndim))  # of the whole tensor, and where p is
+            pieces = [(name, p)]
+            if p.ndim == 3:
+                pieces = [(f"{name}.{e}", expert) for e, expert in zip(range(shape[0])[place[0]], p, strict=True)]
             for piece_name, piece in pieces:
                 generator = torch.Generator(p.device).manual_seed(seed + zlib.crc32(piece_name.encode()))
-                piece.copy_(torch.empty(piece.shape, device=p.device).normal_(0, scale, generator=generator))
+                whole = torch.empty(shape[p.ndim - piece.ndim :], device=p.device)
+                piece.copy_(whole.normal_(0, scale, generator=generator)[place[p.ndim - piece.ndim :]])

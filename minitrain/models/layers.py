@@ -114,6 +114,31 @@ def norm_rotate(x_THC: Tensor, norm: nn.Module, cos_TC2: Tensor, sin_TC2: Tensor
     return rotate(norm(x_THC), cos_TC2, sin_TC2)
 
 
+# How parallel/tp.py cuts these modules over ranks, by name. A model with other modules says so in its own TP_PLAN.
+#   vocabulary     rows of a matrix with one for each token
+#   sublayer       gets the tokens of all ranks and the batch as its last argument; its result is a sum over ranks
+#   columns, rows  of a Linear's outputs, inputs; "of heads": those of a key/value head and its queries stay together
+#   partial        every rank has all of it and a term of its gradient: it sees a part of the tokens, heads or experts
+TP_PLAN = {
+    "embed_tokens": "vocabulary",
+    "layers.*.input_layernorm": "partial",
+    "layers.*.self_attn": "sublayer",
+    "layers.*.self_attn.q_proj": "columns of heads",
+    "layers.*.self_attn.k_proj": "columns of kv heads",
+    "layers.*.self_attn.v_proj": "columns of kv heads",
+    "layers.*.self_attn.q_norm": "partial",
+    "layers.*.self_attn.k_norm": "partial",
+    "layers.*.self_attn.o_proj": "rows of heads",
+    "layers.*.post_attention_layernorm": "partial",
+    "layers.*.mlp": "sublayer",
+    "layers.*.mlp.gate_proj": "columns",
+    "layers.*.mlp.up_proj": "columns",
+    "layers.*.mlp.down_proj": "rows",
+    "norm": "partial",
+    "lm_head": "vocabulary",
+}
+
+
 # ---- the two halves of a block
 
 
@@ -181,6 +206,7 @@ class CausalLM(nn.Module):
     """
 
     config_class: type[DecoderConfig] = DecoderConfig
+    TP_PLAN = TP_PLAN
 
     def __init__(self, cfg: DecoderConfig):
         super().__init__()

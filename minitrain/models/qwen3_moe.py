@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minitrain.batch import Batch
-from minitrain.models.layers import Attention, Block, CausalLM, DecoderConfig
+from minitrain.models.layers import TP_PLAN, Attention, Block, CausalLM, DecoderConfig
 
 
 @dataclass
@@ -129,6 +129,7 @@ class MoE(nn.Module):
         self.cfg = cfg
         self.gate = nn.Linear(cfg.hidden_size, cfg.num_experts, bias=False)
         self.experts = Experts(cfg.num_experts, cfg.hidden_size, cfg.moe_intermediate_size)
+        self.load_balancing_loss = load_balancing_loss  # a seam: parallel/cp.py counts over all tokens of a row
         self.register_buffer("load", torch.zeros(cfg.num_experts, dtype=torch.int64), persistent=False)
 
     def forward(self, x_TD: Tensor, batch: Batch) -> Tensor:
@@ -158,7 +159,7 @@ class MoE(nn.Module):
             return y_TD
         loss = 0.0
         if self.cfg.router_aux_loss_coef:
-            loss = loss + self.cfg.router_aux_loss_coef * load_balancing_loss(probs_TE, counts_E)
+            loss = loss + self.cfg.router_aux_loss_coef * self.load_balancing_loss(probs_TE, counts_E)
         if self.cfg.router_z_loss_coef:
             loss = loss + self.cfg.router_z_loss_coef * logits_TE.logsumexp(-1).square().mean()
         if not torch.is_tensor(loss):
@@ -168,6 +169,7 @@ class MoE(nn.Module):
 
 class Qwen3MoeForCausalLM(CausalLM):
     config_class = Qwen3MoeConfig
+    TP_PLAN = TP_PLAN | {"layers.*.mlp.gate": "partial", "layers.*.mlp.experts": "experts"}
 
     @staticmethod
     def block(cfg: Qwen3MoeConfig) -> Block:

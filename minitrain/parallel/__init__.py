@@ -8,15 +8,26 @@ from torch.utils.checkpoint import checkpoint
 
 from minitrain.attention import attention, choose
 from minitrain.config import TrainConfig, UserError
+from minitrain.parallel.cp import apply_cp
+from minitrain.parallel.ep import apply_ep
 from minitrain.parallel.mesh import Mesh
+from minitrain.parallel.tp import apply_tp
 
 
 def parallelize(model: nn.Module, mesh: Mesh, cfg: TrainConfig) -> nn.Module:
-    """Choose the attention backend, compile each block's forward, then recompute it in backward where asked for.
+    """Choose the attention backend; cut matrices (tp), experts (ep), rows (cp); compile each block, recompute it.
 
-    What an earlier call put on the model gives way.
+    Before the model gets its weights if it is on meta, so that no rank ever has all of them. What an earlier call put
+    on the model gives way, but for cuts of parameters: UserError.
     """
+    if any(hasattr(p, "cut_on") for p in model.parameters()):
+        raise UserError("the weights of this model are cut by an earlier run with parallel.tp or ep")
     _use_attention(model, mesh, cfg)
+    if mesh.group("tp").size > 1:
+        apply_tp(model, mesh)
+    if mesh.group("ep").size > 1:
+        apply_ep(model, mesh)
+    apply_cp(model, mesh)
     for block in model.layers.values():
         plain = forward = getattr(block.forward, "plain", block.forward)
         if cfg.compile == "on" or (cfg.compile == "auto" and mesh.device.type == "cuda"):
@@ -51,7 +62,8 @@ def _use_attention(model, mesh, cfg):
 
 
 def _is_ours(function) -> bool:
-    """minitrain's attention, or what an earlier _use_attention made of it."""
+    """minitrain's attention, or what an earlier parallelize made of it."""
+    function = getattr(function, "plain", function)
     if isinstance(function, functools.partial):
         return function.func is attention and function.keywords.keys() == {"backend"}
     return function is attention

@@ -54,18 +54,30 @@ def all_gather(flat: Tensor, shard: Tensor, group: Group) -> None:
 
 def all_to_all(pieces: list[Tensor], sizes: list[int], group: Group) -> list[Tensor]:
     """pieces[i] goes to rank i, all 1-D. -> what each rank sent here; sizes: their numbers of elements."""
+    if group.size == 1:
+        return pieces
     out = pieces[0].new_empty(sum(sizes))
     dist.all_to_all_single(out, torch.cat(pieces), sizes, [len(p) for p in pieces], group=group.handle)
     return list(out.split(sizes))
 
 
+def all_to_all_rows(x: Tensor, send: list[int], got: list[int], group: Group) -> Tensor:
+    """send[i] of x's rows go to rank i -> got[i] rows of each rank i, in the ranks' order."""
+    out = x.new_empty(sum(got), *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), got, send, group=group.handle)
+    return out
+
+
+def gather_equal(values: Tensor, group: Group) -> Tensor:
+    """Tensors of one shape -> (ranks, ...)."""
+    rows = values.new_empty(group.size, *values.shape)
+    all_gather(rows.view(-1), values.reshape(-1), group)
+    return rows
+
+
 def sum_equal(values: Tensor, group: Group) -> Tensor:
     """Sum over the ranks, added in their order: the same bits on every rank, whatever the algorithm of a reduction."""
-    if group.size == 1:
-        return values
-    rows = values.new_empty(group.size, *values.shape)
-    _all_gather(rows.view(-1), values.reshape(-1), group=group.handle)
-    return rows.sum(0)
+    return values if group.size == 1 else gather_equal(values, group).sum(0)
 
 
 class Lane:
@@ -96,3 +108,88 @@ class Lane:
     def join(self) -> None:
         """The computation goes on after all that this stream has."""
         self.wait(self.mark())
+
+
+# ---- with gradients. Ranks that share the tokens of a row each have ceil(T / ranks) of them, the last ones fewer, and
+#      rows of zeros. "Whole" tensors are alike on all ranks, "partial" ones are terms of a sum over the ranks.
+
+
+def _all_rows(x: Tensor, num_tokens: int, group: Group) -> Tensor:
+    """Each rank's rows -> all."""
+    whole = x.new_empty(group.size * len(x), *x.shape[1:])
+    all_gather(whole, x.contiguous(), group)
+    return whole[:num_tokens]
+
+
+def _filled(x: Tensor, group: Group) -> Tensor:
+    """With rows of zeros, up to a multiple of the ranks."""
+    return torch.cat([x, x.new_zeros(-len(x) % group.size, *x.shape[1:])])
+
+
+class GatherTokens(torch.autograd.Function):
+    """Each rank's tokens -> those of all (num_tokens, ...); their gradients are partial."""
+
+    @staticmethod
+    def forward(ctx, x, num_tokens, group):
+        ctx.group = group
+        return _all_rows(x, num_tokens, group)
+
+    @staticmethod
+    def backward(ctx, d):
+        return reduce_scatter(_filled(d, ctx.group), ctx.group).clone(), None, None
+
+
+class ScatterTokens(torch.autograd.Function):
+    """Partial values of all tokens -> sums, of each rank's tokens."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group, ctx.num_tokens = group, len(x)
+        return reduce_scatter(_filled(x, group), group).clone()
+
+    @staticmethod
+    def backward(ctx, d):
+        return _all_rows(d, ctx.num_tokens, ctx.group), None
+
+
+class JoinTokens(torch.autograd.Function):
+    """Each rank's tokens -> those of all (num_tokens, ...); their gradients are whole."""
+
+    @staticmethod
+    def forward(ctx, x, num_tokens, group):
+        ctx.group = group
+        return _all_rows(x, num_tokens, group)
+
+    @staticmethod
+    def backward(ctx, d):
+        return shard_of(_filled(d, ctx.group), ctx.group), None, None
+
+
+class Enter(torch.autograd.Function):
+    """x, which is whole; its gradients are partial."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, d):
+        d = d.clone()
+        all_reduce(d, ctx.group)
+        return d, None
+
+
+class JoinColumns(torch.autograd.Function):
+    """Each rank's columns, widths of them, of the last dimension -> all; their gradients are whole."""
+
+    @staticmethod
+    def forward(ctx, x, widths, group):
+        ctx.group, ctx.widths = group, widths
+        most = torch.nn.functional.pad(x, (0, max(widths) - x.shape[-1]))
+        pieces = gather_equal(most, group)
+        return torch.cat([piece[..., :width] for piece, width in zip(pieces, widths, strict=True)], -1)
+
+    @staticmethod
+    def backward(ctx, d):
+        return d.split(ctx.widths, -1)[ctx.group.rank], None, None

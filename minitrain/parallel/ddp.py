@@ -1,7 +1,8 @@
 """Gradients of several ranks: added up in flat fp32 buffers, summed over the ranks while backward still runs.
 
     unit    the parameters of one block, or of one module outside of the blocks, end to end in a flat tensor
-            [ q_proj.weight | k_proj.weight | ... | padding ], which is cut into equal shards
+            [ q_proj.weight | k_proj.weight | ... | padding ], which is cut into equal shards; those whose gradients are
+            summed over other ranks (p.grad_sum_on, such as experts) are a unit of their own
     row     forward and backward of one micro-batch; the gradients of a unit are summed over ranks when its block's
             backward is over: in the last row only, or (ZeRO 2 and 3, which keep a shard of the sum) in every row
 
@@ -17,22 +18,26 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from minitrain.parallel.comm import Lane, all_reduce, reduce_scatter, shard_of
+from minitrain.parallel.comm import Group, Lane, all_reduce, reduce_scatter, shard_of
 from minitrain.parallel.mesh import Mesh
 
+DENSE = ("dp", "cp")  # the axes that a gradient is summed over if its parameter says nothing
 _ALIGN = 64  # elements: 128 bytes of bf16, so that kernels see a parameter as they would see one of its own
 
 
 class Unit:
-    """Where parameters lie in a flat tensor of `numel` elements, and in the `ranks` shards that it is cut into."""
+    """Where parameters lie in a flat tensor of `numel` elements, and in the shards that ranks cut it into.
 
-    def __init__(self, params: dict[str, nn.Parameter], ranks: int):
-        self.params, self.ranks, self.starts, end = params, ranks, {}, 0
+    Their gradients are summed over shard and replica, the ranks that cut it and those that repeat this one's shard.
+    """
+
+    def __init__(self, params: dict[str, nn.Parameter], shard: Group, replica: Group):
+        self.params, self.shard, self.replica, self.starts, end = params, shard, replica, {}, 0
         for name, p in params.items():
             self.starts[name] = end
             end += _round_up(p.numel(), _ALIGN)
-        self.numel = _round_up(end, ranks * _ALIGN)
-        self.shard_numel = self.numel // ranks
+        self.numel = _round_up(end, shard.size * _ALIGN)
+        self.shard_numel = self.numel // shard.size
 
     def view(self, flat: Tensor, name: str) -> Tensor:
         """A parameter in a flat tensor, in its shape."""
@@ -71,14 +76,26 @@ def on_gradient(x_TD: Tensor, do: Callable[[], None]) -> None:
         x_TD.register_hook(lambda _: do())
 
 
-def make_units(model: nn.Module, ranks: int) -> dict[str, Unit]:
-    """One for each block and for each other child of the model, by name; frozen parameters are in none."""
+def make_units(model: nn.Module, mesh: Mesh) -> dict[str, Unit]:
+    """One for each block and for each other child of the model, by name; frozen parameters are in none.
+
+    What is summed over other axes than most parameters has a key such as "layers.0/expert_dp".
+    """
     params: dict[str, dict[str, nn.Parameter]] = {}
+    axes = {}
     for name, p in model.named_parameters():
         depth = 2 if name.startswith("layers.") else 1
         if p.requires_grad:
-            params.setdefault(".".join(name.split(".")[:depth]), {})[name] = p
-    return {key: Unit(of, ranks) for key, of in params.items()}
+            kind = getattr(p, "grad_sum_on", DENSE)
+            key = "/".join([".".join(name.split(".")[:depth]), *(kind if kind != DENSE else ())])
+            params.setdefault(key, {})[name] = p
+            axes[key] = kind
+    return {key: Unit(of, *mesh.sharding(axes[key])) for key, of in params.items()}
+
+
+def keys_of(child: str, units: dict[str, Unit]) -> list[str]:
+    """The units of a block or other child; none for frozen ones, and for a tied head."""
+    return [key for key in units if key.split("/")[0] == child]
 
 
 def row_buffers(units: dict[str, Unit]) -> dict[int, int]:
@@ -97,20 +114,21 @@ class Gradients:
     """
 
     def __init__(self, model: nn.Module, units: dict[str, Unit], mesh: Mesh, zero: int, reduce_dtype: torch.dtype):
-        self.units, self.mesh = units, mesh
-        self.shard, self.replica, self.lane = mesh.group("shard"), mesh.group("replica"), Lane(mesh.device)
-        self.keeps_shards = zero >= 2 and self.shard.size > 1
+        self.units, self.mesh, self.lane = units, mesh, Lane(mesh.device)
+        self.keeps_shard = {key for key, unit in units.items() if zero >= 2 and unit.shard.size > 1}
         self.is_last, self.done, self.got = False, set(), set()  # units summed in this row; names with a gradient
         dtype = torch.promote_types(next(iter(units.values())).dtype, torch.float32)
         self.reduce_dtype = reduce_dtype if reduce_dtype == torch.bfloat16 else dtype
         self.flat = {
-            key: torch.zeros(u.shard_numel if self.keeps_shards else u.numel, dtype=dtype, device=mesh.device)
+            key: torch.zeros(u.shard_numel if key in self.keeps_shard else u.numel, dtype=dtype, device=mesh.device)
             for key, u in units.items()
         }
-        self.sums = {key: f if self.keeps_shards else shard_of(f, self.shard) for key, f in self.flat.items()}
+        self.sums = {
+            key: f if key in self.keeps_shard else shard_of(f, units[key].shard) for key, f in self.flat.items()
+        }
         self.into: dict[str, Tensor] = {}  # to which this row's gradients of a unit are added
         self.pools = {}
-        for numel, count in (row_buffers(units) if self.keeps_shards else {}).items():
+        for numel, count in row_buffers({key: units[key] for key in units if key in self.keeps_shard}).items():
             self.pools[numel] = _Pool(numel, count, self.reduce_dtype, mesh.device, self.lane)
         self.hooks = [
             p.register_post_accumulate_grad_hook(functools.partial(self._add, key, name))
@@ -125,14 +143,12 @@ class Gradients:
         behind = children[children.index("layers") + 1 :] if "layers" in children else []
         blocks = blocks_of(model)
         for key, block in blocks.items():
-            sum_this = functools.partial(self._sum_over_ranks, self._known([key]))
+            sum_this = functools.partial(self._sum_over_ranks, keys_of(key, self.units))
             self.hooks.append(block.register_forward_pre_hook(lambda _, args, f=sum_this: on_gradient(args[0], f)))
         for block in list(blocks.values())[-1:]:
-            sum_these = functools.partial(self._sum_over_ranks, self._known(behind))
+            keys = [key for child in behind for key in keys_of(child, self.units)]
+            sum_these = functools.partial(self._sum_over_ranks, keys)
             self.hooks.append(block.register_forward_hook(lambda _, _args, y, f=sum_these: on_gradient(y, f)))
-
-    def _known(self, keys):
-        return [key for key in keys if key in self.units]  # frozen ones, and a tied head, have no unit
 
     @contextlib.contextmanager
     def backward(self, is_last: bool):
@@ -151,7 +167,7 @@ class Gradients:
             )
         if key not in self.into:
             unit = self.units[key]
-            self.into[key] = self.pools[unit.numel].take() if self.keeps_shards else self.flat[key]
+            self.into[key] = self.pools[unit.numel].take() if key in self.keeps_shard else self.flat[key]
         self.units[key].view(self.into[key], name).add_(p.grad)
         self.got.add(name)
         p.grad = None
@@ -160,24 +176,25 @@ class Gradients:
     def _sum_over_ranks(self, keys: list[str]) -> None:
         for key in keys:
             self.done.add(key)
-            if self.keeps_shards:
-                pool = self.pools[self.units[key].numel]
+            unit = self.units[key]
+            if key in self.keeps_shard:
+                pool = self.pools[unit.numel]
                 row = self.into.pop(key) if key in self.into else pool.take()  # other ranks may have gradients here
                 with self.lane.beside():
-                    self.flat[key].add_(reduce_scatter(row, self.shard))
+                    self.flat[key].add_(reduce_scatter(row, unit.shard))
                     if self.is_last:
-                        self._all_reduce(self.flat[key])
+                        self._all_reduce(self.flat[key], unit.replica)
                 pool.give_back(row)
             elif self.is_last:
                 with self.lane.beside():
                     narrow = self.flat[key].to(self.reduce_dtype)
-                    self.sums[key].copy_(reduce_scatter(narrow, self.shard))
-                    self._all_reduce(self.sums[key])
+                    self.sums[key].copy_(reduce_scatter(narrow, unit.shard))
+                    self._all_reduce(self.sums[key], unit.replica)
 
-    def _all_reduce(self, shard: Tensor) -> None:
-        if self.replica.size > 1:
+    def _all_reduce(self, shard: Tensor, replica: Group) -> None:
+        if replica.size > 1:
             narrow = shard.to(self.reduce_dtype)
-            all_reduce(narrow, self.replica)
+            all_reduce(narrow, replica)
             shard.copy_(narrow)
 
     def finish(self) -> set[str]:

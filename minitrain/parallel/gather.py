@@ -16,17 +16,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from minitrain.parallel.comm import Group, Lane, all_gather
-from minitrain.parallel.ddp import Unit, blocks_of, on_gradient
+from minitrain.parallel.comm import Lane, all_gather
+from minitrain.parallel.ddp import Unit, blocks_of, keys_of, on_gradient
 
 
 class GatheredWeights:
     """shards[unit]: this rank's weights, for good. flats[unit]: all ranks', while they are there, at first not."""
 
-    def __init__(self, model: nn.Module, units: dict[str, Unit], flats: dict[str, Tensor], shards: dict[str, Tensor],
-                 group: Group):  # fmt: skip
-        self.group, self.lane = group, Lane(next(iter(flats.values())).device)
-        self.flats, self.shards = flats, shards
+    def __init__(self, model: nn.Module, units: dict[str, Unit], flats: dict[str, Tensor], shards: dict[str, Tensor]):
+        self.lane = Lane(next(iter(flats.values())).device)
+        self.units, self.flats, self.shards = units, flats, shards
         self.marks = {}  # units that are there, or on their way
         self.shown: str | None = None
         self.views, self.blanks = {}, {}  # of each unit's parameters: their data while it is there, and while not
@@ -37,13 +36,13 @@ class GatheredWeights:
             _set_data(self.blanks[key])
             for p in unit.params.values():
                 p.unit = (self, key)
-        self.blocks = [key for key in blocks_of(model) if key in units]
-        self.others = [key for key in units if key not in self.blocks]
+        blocks = {key: block for key, block in blocks_of(model).items() if keys_of(key, units)}
+        self.blocks = [keys_of(key, units) for key in blocks]
+        self.others = [key for key in units if key.split("/")[0] not in blocks]
         model.register_forward_pre_hook(self._before_model)
-        for key, block in blocks_of(model).items():
-            if key in units:
-                block.register_forward_pre_hook(functools.partial(self._before_block, self.blocks.index(key)))
-                block.register_forward_hook(functools.partial(self._after_block, self.blocks.index(key)))
+        for i, block in enumerate(blocks.values()):
+            block.register_forward_pre_hook(functools.partial(self._before_block, i))
+            block.register_forward_hook(functools.partial(self._after_block, i))
 
     def gather(self, *keys: str) -> None:
         """Send for what is not there yet."""
@@ -52,7 +51,7 @@ class GatheredWeights:
                 flat = self.flats[key]
                 with self.lane.beside():  # the memory is of this stream: it is not written before readers are done
                     flat.untyped_storage().resize_(flat.numel() * flat.element_size())
-                    all_gather(flat, self.shards[key], self.group)
+                    all_gather(flat, self.shards[key], self.units[key].shard)
                 _set_data(self.views[key])
                 self.marks[key] = self.lane.mark()
 
@@ -79,27 +78,32 @@ class GatheredWeights:
         self.use(key)
         self.shown = key
 
+    def _gather_block(self, i: int) -> None:
+        if 0 <= i < len(self.blocks):
+            self.gather(*self.blocks[i])
+
     def _before_model(self, *_) -> None:
-        self.gather(*self.others, *self.blocks[:1])
+        self.gather(*self.others)
+        self._gather_block(0)
         self.use(*self.others)
 
     def _before_block(self, i: int, _module, args) -> None:
-        self.use(self.blocks[i])
-        self.gather(*self.blocks[i + 1 : i + 2])
+        self.use(*self.blocks[i])
+        self._gather_block(i + 1)
         on_gradient(args[0], functools.partial(self._backward_leaves, i))
 
     def _after_block(self, i: int, _module, _args, y_TD: Tensor) -> None:
         if i + 1 == len(self.blocks) and y_TD.requires_grad:  # backward begins here
             on_gradient(y_TD, functools.partial(self._backward_enters, i))
         else:
-            self.free(self.blocks[i])
+            self.free(*self.blocks[i])
 
     def _backward_enters(self, i: int) -> None:
-        self.use(self.blocks[i])
-        self.gather(*self.blocks[max(i - 1, 0) : i])
+        self.use(*self.blocks[i])
+        self._gather_block(i - 1)
 
     def _backward_leaves(self, i: int) -> None:
-        self.free(self.blocks[i])
+        self.free(*self.blocks[i])
         if i:
             self._backward_enters(i - 1)
 

@@ -1,16 +1,22 @@
 """The ranks of a run: one process a GPU, started by torchrun or srun, each with its place on named axes.
 
-    ranks     0 1 2 3 4 5 6 7              their grid: (pp, dp, cp, tp, ep); today all of it is dp, data parallel
+    ranks     0 1 2 3 4 5 6 7              their grid: (pp, dp, cp, tp), the last ones neighbours
+    dp        all, with tp = cp = 1        ranks that have other rows of the data
+    ep        {0 1} {2 3} {4 5} {6 7}      with ep = 2: neighbours within dp x cp, each with its part of the experts
     shard     {0 1 2 3} {4 5 6 7}          ranks that together hold one copy (parallel.shard_within = 4)
-    replica   {0 4} {1 5} {2 6} {3 7}      ranks that hold the same piece of it; dp = shard x replica
+    replica   {0 4} {1 5} {2 6} {3 7}      ranks that hold the same piece of it; dp x cp = shard x replica
+
+Parameters differ in the axes over which their gradients are summed; each kind has its shard and replica (GRAD_SUMS).
 
 A group carries host tensors by gloo and device tensors by NCCL. Read next: comm.py.
 """
 
+import math
 import os
 import re
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -20,13 +26,24 @@ from torch import Tensor
 
 from minitrain.config import ParallelConfig, UserError
 from minitrain.parallel.comm import Group
+from minitrain.parallel.layout import objections
 
-AXES = ("pp", "dp", "cp", "tp", "ep")
+# A parameter's grad_sum_on -> dimensions of _make_groups' grid.
+# dp x cp is "copies" x "part" x "ep"; tp is "kv" x "kv_copies", ranks with the same key and value heads.
+GRAD_SUMS = {
+    ("dp", "cp"): ("copies", "part", "ep"),
+    ("dp", "cp", "tp"): ("copies", "part", "ep", "kv", "kv_copies"),
+    ("dp", "cp", "kv_copies"): ("copies", "part", "ep", "kv_copies"),
+    ("expert_dp",): ("copies", "part"),
+}
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """groups: by axis, and "shard" and "replica"; a name that is not there is a group of one."""
+    """groups: by axis, "world", "data" (dp x cp) and parts of tp; a name that is not there is a group of one.
+
+    shardings: of each kind of parameter, by its grad_sum_on, the groups shard and replica: it is summed over both.
+    """
 
     device: torch.device
     rank: int = 0
@@ -34,10 +51,19 @@ class Mesh:
     dp_rank: int = 0
     dp_size: int = 1
     groups: dict[str, Group] = field(default_factory=dict)
+    shardings: dict[tuple[str, ...], tuple[Group, Group]] = field(default_factory=dict)
     timeout_s: int = ParallelConfig.timeout_s
 
     def group(self, name: str) -> Group:
         return self.groups.get(name, Group())
+
+    def sharding(self, grad_sum_on: tuple[str, ...]) -> tuple[Group, Group]:
+        """-> shard, replica."""
+        return self.shardings.get(grad_sum_on, (Group(), Group()))
+
+    def sum_rows(self, number: int) -> int:
+        """As sum(), of what all ranks with the same rows know alike: counted once."""
+        return self.sum(number) * self.dp_size // self.size
 
     def sum(self, number: int) -> int:
         """Over all ranks, on the hosts: no device waits. TimeoutError names the ranks that did not come to it."""
@@ -64,11 +90,12 @@ class Mesh:
 ALONE = Mesh(torch.device("cpu"))
 
 
-def init_mesh(device: str, cfg: ParallelConfig | None = None) -> Mesh:
+def init_mesh(device: str, cfg: ParallelConfig | None = None, model=None) -> Mesh:
     """Join the other ranks that torchrun or srun started, if there are any. device: auto, cuda or cpu.
 
-    UserError if CUDA is asked for and absent, or if the number of ranks does not fit the config; TimeoutError names
-    the ranks that did not arrive. A process group that exists already is taken as it is.
+    model: the architecture's config; parallel.tp needs it. A process group that exists already is taken as it is.
+    UserError if CUDA is asked for and absent, or with all that does not fit in the layout; TimeoutError names the
+    ranks that did not arrive.
     """
     cfg = cfg or ParallelConfig()
     rank, size, local_rank = (dist.get_rank(), dist.get_world_size(), 0) if dist.is_initialized() else _place()
@@ -89,31 +116,46 @@ def init_mesh(device: str, cfg: ParallelConfig | None = None) -> Mesh:
                 )
             torch.cuda.set_device(local_rank)
         device = f"cuda:{torch.cuda.current_device()}"
+    if reasons := objections(cfg, size, model):
+        raise UserError("; ".join(reasons))
     if size == 1:
         return Mesh(torch.device(device))
-    shards = 1 if cfg.zero == 0 else cfg.shard_within or size
-    if size % shards:
-        raise UserError(f"parallel.shard_within={shards} does not divide WORLD_SIZE={size}; use a divisor of it")
     if not dist.is_initialized():
         _join(rank, size, "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", cfg.timeout_s)
-    groups = _make_groups(rank, {"dp": size}, shards, timedelta(seconds=2 * cfg.timeout_s))
-    return Mesh(torch.device(device), rank, size, groups["dp"].rank, groups["dp"].size, groups, cfg.timeout_s)
+    groups, shardings = _make_groups(rank, size, cfg, model, timedelta(seconds=2 * cfg.timeout_s))
+    dp = groups["dp"]
+    return Mesh(torch.device(device), rank, size, dp.rank, dp.size, groups, shardings, cfg.timeout_s)
 
 
-def _make_groups(rank: int, sizes: dict[str, int], shards: int, timeout: timedelta) -> dict[str, Group]:
-    """sizes: of the axes that are not 1. The last axis of AXES is the innermost: its ranks are neighbours."""
-    pp, dp, cp, tp, ep = (sizes.get(axis, 1) for axis in AXES)
-    grid = torch.arange(pp * dp * cp * tp * ep).view(pp, dp // shards, shards, cp, tp, ep)
-    dims = {"pp": [0], "dp": [1, 2], "replica": [1], "shard": [2], "cp": [3], "tp": [4], "ep": [5]}
-    groups = {}
-    for name, along in dims.items():
-        across = [dim for dim in range(grid.ndim) if dim not in along]
-        rows = grid.permute(across + along).flatten(0, len(across) - 1).flatten(1).tolist()
-        for row in rows if len(rows[0]) > 1 else []:  # every rank takes part in making every group
-            handle = dist.group.WORLD if len(row) == grid.numel() else dist.new_group(row, timeout)
-            if rank in row:
-                groups[name] = Group(row.index(rank), len(row), handle)
-    return groups
+def _make_groups(rank: int, size: int, cfg: ParallelConfig, model, timeout: timedelta):
+    """-> Mesh.groups, Mesh.shardings. Every rank makes every group, in the same order; ranks that meet twice, once."""
+    data = size // cfg.tp
+    within = cfg.shard_within or data
+    part = within // cfg.ep if cfg.zero else 1
+    kv = min(cfg.tp, model.num_key_value_heads) if model else cfg.tp
+    axes = {"dp": data // cfg.cp, "cp": cfg.cp, "tp": cfg.tp}
+    fine = {"copies": data // (part * cfg.ep), "part": part, "ep": cfg.ep, "kv": kv, "kv_copies": cfg.tp // kv}
+    made = {}
+
+    def group(grid: dict[str, int], names: Collection[str]) -> Group:
+        across = [i for i, name in enumerate(grid) if name not in names]
+        along = [i for i, name in enumerate(grid) if name in names]
+        ranks = torch.arange(size).view(*grid.values()).permute(across + along)
+        rows = ranks.reshape(-1, math.prod(grid[name] for name in names)).tolist()
+        for row in map(tuple, rows):
+            if len(row) > 1 and row not in made:
+                made[row] = dist.group.WORLD if len(row) == size else dist.new_group(row, timeout)
+        mine = next(row for row in rows if rank in row)
+        return Group(mine.index(rank), len(mine), made.get(tuple(mine)))
+
+    groups = {"world": group(axes, axes), "data": group(axes, ("dp", "cp"))}
+    groups |= {name: group(axes, (name,)) for name in axes}
+    groups |= {name: group(fine, (name,)) for name in ("ep", "kv", "kv_copies")}
+    shardings = {}
+    for axes_of_kind, dims in GRAD_SUMS.items():
+        shard = [dim for dim in dims if dim != "copies" and cfg.zero]
+        shardings[axes_of_kind] = group(fine, shard), group(fine, [dim for dim in dims if dim not in shard])
+    return groups, shardings
 
 
 # ---- finding the other ranks

@@ -42,7 +42,7 @@ def shard_optimizer(
 
     fill: gives parameters of these names their values, where they have no memory before they are cut.
     """
-    if mesh.dp_size == 1 and not cfg.offload:
+    if mesh.size == 1 and not cfg.offload:
         return MasterOptimizer(model, make)
     return ShardedOptimizer(model, make, mesh, cfg, fill)
 
@@ -211,30 +211,34 @@ class ShardedOptimizer(MasterOptimizer):
     def __init__(self, model: nn.Module, make: Callable, mesh: Mesh, cfg: ParallelConfig, fill: Callable | None):
         if any(hasattr(p, "unit") for p in model.parameters()):
             raise UserError("the weights of this model are shared out by an earlier run with parallel.zero=3")
-        self.mesh, self.group = mesh, mesh.group("shard")
+        self.mesh = mesh
         self.params = dict(model.named_parameters())
-        self.units = make_units(model, self.group.size)
+        self.units = make_units(model, mesh)
         self.unit_of = {name: key for key, unit in self.units.items() for name in unit.params}
-        wants_whole = getattr(make, "shard", "piece") == "param" and self.group.size > 1
-        self.owners = Owners(self.units, self.group) if wants_whole else None
-        gathers = cfg.zero == 3 and self.group.size > 1
+        self.is_sharded = any(unit.shard.size > 1 for unit in self.units.values())
+        wants_whole = getattr(make, "shard", "piece") == "param"
+        if wants_whole and mesh.group("tp").size > 1:
+            raise UserError("this optimizer needs whole matrices, of which each rank has a part: parallel.tp must be 1")
+        self.owners = Owners(self.units) if wants_whole and self.is_sharded else None
+        gathers = [key for key, unit in self.units.items() if cfg.zero == 3 and unit.shard.size > 1]
         self.flats, self.shards = {}, {}  # what the model computes with, and this rank's part of it
         self.masters = {}
         for key, unit in self.units.items():
             flat = _flatten(unit, fill)
             self.masters |= self._make_masters(unit, on_host=cfg.offload == "optimizer" and flat.is_cuda)
-            self.flats[key], self.shards[key] = flat, shard_of(flat, self.group)
-            if gathers:  # one unit is whole at a time
+            self.flats[key], self.shards[key] = flat, shard_of(flat, unit.shard)
+            if key in gathers:  # one unit is whole at a time
                 self.shards[key] = self.shards[key].clone()
                 flat.untyped_storage().resize_(0)
         if fill:
             _fill_frozen({name: p for name, p in self.params.items() if name not in self.unit_of}, fill)
         # An empty one where a rank has none at all, since torch's optimizers refuse an empty list.
         self.optimizer = make(list(self.masters.values()) or [nn.Parameter(torch.zeros(0, device=mesh.device))])
-        if self.group.size > 1:
+        if self.is_sharded or mesh.group("tp").size > 1:
             _check_shard(self.optimizer, make)
         self.host = HostState(self.optimizer, mesh.device) if cfg.offload == "optimizer" else None
-        self.gathered = GatheredWeights(model, self.units, self.flats, self.shards, self.group) if gathers else None
+        parts = [{key: of[key] for key in gathers} for of in (self.units, self.flats, self.shards)]
+        self.gathered = GatheredWeights(model, *parts) if gathers else None
         self.gradients = Gradients(model, self.units, mesh, cfg.zero, getattr(torch, cfg.reduce_dtype))
         self.grad_scale = self.broken = None
 
@@ -251,9 +255,10 @@ class ShardedOptimizer(MasterOptimizer):
     def _span(self, name: str) -> tuple[int, int]:
         if name not in self.unit_of:  # frozen
             return super()._span(name)
+        unit = self.units[self.unit_of[name]]
         if self.owners is None:
-            return self.units[self.unit_of[name]].span(name, self.group.rank)
-        return super()._span(name) if self.owners.of[name] == self.group.rank else (0, 0)
+            return unit.span(name, unit.shard.rank)
+        return super()._span(name) if self.owners.of[name] == unit.shard.rank else (0, 0)
 
     def backward(self, is_last: bool):
         """A context for the backward of one row; is_last: of the step."""
@@ -267,8 +272,11 @@ class ShardedOptimizer(MasterOptimizer):
 
     def _grad_norm(self) -> Tensor:
         self.with_gradient = self.gradients.finish()
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(self.gradients.sums.values()))))
-        return sum_equal(norm.square(), self.group).sqrt()
+        sums = self.gradients.sums
+        counted = [sums[key] for key, unit in self.units.items() if unit.replica.rank == 0]  # each once in all ranks
+        counted = counted or [next(iter(sums.values())).new_zeros(1)]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(counted)))
+        return sum_equal(norm.square(), self.mesh.group("world")).sqrt()
 
     def _step_masters(self) -> None:
         keys = list(self.units)
@@ -304,16 +312,16 @@ class ShardedOptimizer(MasterOptimizer):
         """This rank's shards into the weights of all."""
         if self.gathered:
             self.gathered.free_all()
-        else:
-            for key, flat in self.flats.items():
-                all_gather(flat, self.shards[key], self.group)
+        for key, flat in self.flats.items():
+            if self.gathered is None or key not in self.gathered.flats:
+                all_gather(flat, self.shards[key], self.units[key].shard)
 
     def _names(self, key: str) -> list[str]:
         return [name for name in self.units[key].params if name in self.masters]
 
     def _pieces(self, key: str, shard: Tensor) -> dict[str, Tensor]:
         """What lies of each master in a flat shard of its unit, 1-D."""
-        return {name: self.units[key].piece(shard, name, self.group.rank) for name in self._names(key)}
+        return {name: self.units[key].piece(shard, name, self.units[key].shard.rank) for name in self._names(key)}
 
     # ---- checkpoints
 
@@ -332,11 +340,11 @@ class ShardedOptimizer(MasterOptimizer):
         """Ranks that hold the same piece share the work parameter by parameter."""
         replica = self.mesh.group("replica")
         dealt = super()._to_save()[replica.rank :: replica.size]
-        return [n for n in dealt if n in self.masters or (n not in self.unit_of and self.group.rank == 0)]
+        return [n for n in dealt if n in self.masters or (n not in self.unit_of and self.mesh.group("shard").rank == 0)]
 
     @property
     def _is_cut(self):
-        return self.owners is None and self.group.size > 1
+        return self.owners is None and self.is_sharded
 
 
 def _flatten(unit: Unit, fill: Callable | None) -> Tensor:
