@@ -337,10 +337,13 @@ class ShardedOptimizer(MasterOptimizer):
         self.write_weights()
 
     def _to_save(self) -> list[str]:
-        """Ranks that hold the same piece share the work parameter by parameter."""
-        replica = self.mesh.group("replica")
-        dealt = super()._to_save()[replica.rank :: replica.size]
-        return [n for n in dealt if n in self.masters or (n not in self.unit_of and self.mesh.group("shard").rank == 0)]
+        """Ranks that hold the same piece share the work parameter by parameter; frozen ones are on every rank."""
+        mine = []
+        for i, name in enumerate(super()._to_save()):
+            same = self.units[self.unit_of[name]].replica if name in self.unit_of else self.mesh
+            if i % same.size == same.rank and (name in self.masters or name not in self.unit_of):
+                mine.append(name)
+        return mine
 
     @property
     def _is_cut(self):
