@@ -85,16 +85,19 @@ def wait_for_steps(run_dir):
     raise AssertionError("no step was taken")
 
 
+@pytest.mark.slow
 def test_a_rank_that_raises_ends_all_and_says_so_once(launch):
     _, err = end(launch("raise ValueError('rank one is unwell')"))
     assert err.count("ValueError: rank one is unwell") == 1
     assert err.count("run(sys.argv[1:])") == 1  # one traceback of ours; torchrun adds its own
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_ends_all(launch):
     end(launch("os.kill(os.getpid(), signal.SIGKILL)"))
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_no_process(launch, tmp_path):
     process = launch()
     wait_for_steps(tmp_path / "run")
@@ -103,6 +106,7 @@ def test_ctrl_c_leaves_no_process(launch, tmp_path):
     assert err.count("stopped; the same command goes on from the newest checkpoint") == 1
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_ends_torchrun_finds_the_run_saved(launch, tmp_path):
     process = launch()
     wait_for_steps(tmp_path / "run")

@@ -24,6 +24,7 @@ from test_fused_attention import (
     visible,
 )
 
+pytestmark = pytest.mark.slow  # a minute
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {  # of a build folder
     "attention_plan.inc": "attention_plan.cu",
