@@ -557,6 +557,7 @@ void launch(const AttentionBackward& args, int device, cudaStream_t stream) {
                                  static_cast<__nv_bfloat16*>(args.dv),
                                  args.dkv_sum,
                                  args.dkv_turns};
+    static_assert(hopper_tiles(C).keys == kKeys, "the plan's tiles are this kernel's");
     constexpr int kBytes = sizeof(Shared<C>);
     check(cudaFuncSetAttribute(backward_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
           "cudaFuncSetAttribute");

@@ -21,7 +21,7 @@ using namespace sm90;
 constexpr int kStages = 2;               // blocks of K and of V in shared memory
 constexpr int kTurn = 1, kTogether = 4;  // named barriers, one for each warpgroup that consumes
 
-template <int C, int kKeys>  // keys of a block
+template <int C>
 struct Sizes {
     static constexpr int kRows = hopper_tiles(C).queries;  // of a tile
     static constexpr int kConsumers = kRows / 64;          // warpgroups
@@ -35,9 +35,9 @@ struct Tile {
     Band::Range seen, whole;  // blocks of keys that it sees, and of these the ones that need no mask
 };
 
-template <int C, int kKeys>
+template <int C, int kKeys>  // keys of a block
 struct alignas(1024) Shared {
-    __nv_bfloat16 q[Sizes<C, kKeys>::kRows * C], k[kStages][kKeys * C], v[kStages][kKeys * C];
+    __nv_bfloat16 q[Sizes<C>::kRows * C], k[kStages][kKeys * C], v[kStages][kKeys * C];
     Tile tile[2];
     Mbarrier tile_full[2], tile_empty[2], q_full, q_empty, k_full[kStages], k_empty[kStages], v_full[kStages],
         v_empty[kStages];
@@ -55,7 +55,7 @@ template <int C, int kKeys>
 __device__ void produce(Shared<C, kKeys>& shared, const Arguments& args, const CUtensorMap* q_map,
                         const CUtensorMap* k_map, const CUtensorMap* v_map) {
     const AttentionShape& shape = args.shape;
-    constexpr int kRows = Sizes<C, kKeys>::kRows;
+    constexpr int kRows = Sizes<C>::kRows;
     const Plan plan(args.plan, shape, hopper_tiles(C));
     const int num_items = plan.num_query_items(), group = shape.heads / shape.kv_heads;
     const Band band{shape.look_back, shape.look_ahead};
@@ -119,9 +119,8 @@ struct Consumer {
         wgmma_fence();
 #pragma unroll
         for (int c = 0; c < C / 16; ++c) {  // 16 channels are 32 bytes of a row, 4 of them a panel
-            Wgmma<kKeys>::template ss<false, false>(
-                s, descriptor(q_tile + c / 4 * Sizes<C, kKeys>::kRows * 128 + c % 4 * 32),
-                descriptor(k_tile + c / 4 * kKeys * 128 + c % 4 * 32), c != 0);
+            Wgmma<kKeys>::template ss<false, false>(s, descriptor(q_tile + c / 4 * Sizes<C>::kRows * 128 + c % 4 * 32),
+                                                    descriptor(k_tile + c / 4 * kKeys * 128 + c % 4 * 32), c != 0);
         }
         wgmma_commit();
     }
@@ -221,7 +220,7 @@ struct Consumer {
             issue_scores();
             shared.v_full[v.stage()].wait(v.parity());
             issue_output();
-            barrier_arrive(kTurn + (warpgroup + 1) % Sizes<C, kKeys>::kConsumers, 256);
+            barrier_arrive(kTurn + (warpgroup + 1) % Sizes<C>::kConsumers, 256);
             wgmma_wait<1>(s);  // the scores
             shared.k_empty[k.stage()].arrive_as_warp();
             k.next();
@@ -261,7 +260,7 @@ struct Consumer {
 };
 
 template <int C, int kKeys>
-__global__ void __launch_bounds__(Sizes<C, kKeys>::kThreads, 1)
+__global__ void __launch_bounds__(Sizes<C>::kThreads, 1)
     forward_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                    const __grid_constant__ CUtensorMap v_map, const __grid_constant__ Arguments args) {
     extern __shared__ __align__(1024) uint8_t memory[];
@@ -270,7 +269,7 @@ __global__ void __launch_bounds__(Sizes<C, kKeys>::kThreads, 1)
     Shared<C, kKeys>& shared = *reinterpret_cast<Shared<C, kKeys>*>(memory);
     if (threadIdx.x == 0) {
         if (shared_address(&shared) % 1024) __trap();  // TMA's and wgmma's swizzle count on it
-        constexpr int kWarps = 4 * Sizes<C, kKeys>::kConsumers;
+        constexpr int kWarps = 4 * Sizes<C>::kConsumers;
         for (int i = 0; i < 2; ++i) shared.tile_full[i].init(1), shared.tile_empty[i].init(kWarps);
         shared.q_full.init(1), shared.q_empty.init(kWarps);
         for (int i = 0; i < kStages; ++i) {
@@ -282,15 +281,15 @@ __global__ void __launch_bounds__(Sizes<C, kKeys>::kThreads, 1)
     }
     __syncthreads();
     if (threadIdx.x < 128) {
-        give_registers<Sizes<C, kKeys>::kProducerRegisters>();
+        give_registers<Sizes<C>::kProducerRegisters>();
         if (threadIdx.x < 32 && elect_one()) {
             produce(shared, args, &q_map, &k_map, &v_map);
         }
     } else {
-        take_registers<Sizes<C, kKeys>::kRegisters>();
+        take_registers<Sizes<C>::kRegisters>();
         Consumer<C, kKeys> consumer(shared, args,
                                     __shfl_sync(~0u, threadIdx.x / 128, 0) - 1);  // the same in a warp, visibly
-        if (consumer.warpgroup == Sizes<C, kKeys>::kConsumers - 1)
+        if (consumer.warpgroup == Sizes<C>::kConsumers - 1)
             barrier_arrive(kTurn, 256);  // the first turn; one is left over after each tile
         for (Ring<2> tiles;; tiles.next()) {
             shared.tile_full[tiles.stage()].wait(tiles.parity());
@@ -311,8 +310,8 @@ void launch(const AttentionForward& args, int device, cudaStream_t stream) {
     constexpr int kBytes = sizeof(Shared<C, kKeys>);
     check(cudaFuncSetAttribute(forward_kernel<C, kKeys>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
           "cudaFuncSetAttribute");
-    forward_kernel<C, kKeys><<<num_processors(device), Sizes<C, kKeys>::kThreads, kBytes, stream>>>(
-        map(args.q, shape.num_queries, shape.heads, Sizes<C, kKeys>::kRows),
+    forward_kernel<C, kKeys><<<num_processors(device), Sizes<C>::kThreads, kBytes, stream>>>(
+        map(args.q, shape.num_queries, shape.heads, Sizes<C>::kRows),
         map(args.k, shape.num_keys, shape.kv_heads, kKeys), map(args.v, shape.num_keys, shape.kv_heads, kKeys),
         arguments);
     check(cudaGetLastError(), "attention_forward_sm90",

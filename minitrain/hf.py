@@ -1,7 +1,7 @@
 """Hugging Face folders in and out: config.json, safetensors, tokenizer files. A tensor at a time, nothing unpickled.
 
-hub_tensors(model) is the whole mapping: every name on the Hub with the piece of our parameter it stands for. Loading
-copies into these views, saving writes them. Two dialects of config.json are read (rope_theta and rope_scaling, or
+hub_parts(model) is the whole mapping: every name on the Hub with the piece of our parameter it stands for. Loading
+copies into these, saving writes them. Two dialects of config.json are read (rope_theta and rope_scaling, or
 transformers 5's rope_parameters); the older one is written, which every tool knows.
 """
 
@@ -162,13 +162,8 @@ def hub_config(model: nn.Module) -> dict:
 # ---- weights
 
 
-def hub_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """{name on the Hub: view into our parameter}. Tied heads appear once; stacked experts as E tensors each."""
-    return {hub: _part(p, expert) for hub, (_, p, expert) in _hub_parts(model).items()}
-
-
-def _hub_parts(model) -> dict[str, tuple[str, nn.Parameter, int | None]]:
-    """{name on the Hub: (name here, parameter, number of the expert if it is a stack)}."""
+def hub_parts(model) -> dict[str, tuple[str, nn.Parameter, int | None]]:
+    """{name on the Hub: (name here, parameter, number of the expert if it is a stack)}. Tied heads appear once."""
     parts = {}
     for name, p in model.named_parameters():
         hub = name if name.startswith("lm_head.") else f"model.{name}"
@@ -199,7 +194,7 @@ def load_weights(model: nn.Module, folder: Path, names: Collection[str] | None =
 
     names: into these parameters only. model.source remembers the folder, so that its tokenizer can go with the model.
     """
-    parts = _hub_parts(model)
+    parts = hub_parts(model)
     files = _weight_files(folder)
     ignored = {name for name in files if name.endswith("rotary_emb.inv_freq")}  # old Llama files store this buffer
     if model.config.tie_word_embeddings:
@@ -277,7 +272,7 @@ def save_pretrained(
     read = read or (lambda name, e: _part(read_whole(params[name]), e))
     tensors = {
         hub: Later(p.dtype, p.shape if e is None else p.shape[1:], functools.partial(read, name, e))
-        for hub, (name, p, e) in _hub_parts(model).items()
+        for hub, (name, p, e) in hub_parts(model).items()
     }
     if not is_first():
         return send_pieces(tensors)

@@ -12,8 +12,8 @@ import contextlib
 import json
 import logging
 import math
+import os
 import re
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -111,7 +111,7 @@ class Log:
         self.path, self.first = run_dir / "metrics.jsonl", first
         self.cfg, self.model, self.device = cfg, model, mesh.device
         self.writes, self.ranks = mesh.rank == 0, mesh.dp_size
-        self.of_a_row = mesh.size // mesh.dp_size  # ranks that share the work
+        self.ranks_of_a_row = mesh.ranks_of_a_row
         self.flops = Flops.of(model)
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         self.peak = peak_tflops(name)
@@ -121,7 +121,7 @@ class Log:
                  active / 1e6, name)  # fmt: skip
 
     def __enter__(self) -> "Log":
-        self.file = _open_lines(self.path, self.first) if self.writes else tempfile.TemporaryFile("r+")
+        self.file = _open_lines(self.path, self.first) if self.writes else open(os.devnull, "w")
         quiet = None if self.writes else True  # None: where there is no terminal
         self.bar = tqdm(total=self.cfg.steps, initial=self.first, unit="step", disable=quiet, dynamic_ncols=True)
         self._start_window()
@@ -206,7 +206,7 @@ class Log:
     def _speed(self, seconds) -> dict:
         steps = len(self.waiting)
         tokens, pairs = sum(n for _, n, _, _ in self.waiting), sum(n for _, _, n, _ in self.waiting)
-        mine = tokens / self.of_a_row, pairs / self.of_a_row
+        mine = tokens / self.ranks_of_a_row, pairs / self.ranks_of_a_row
         flops = {
             "mfu_c": self.flops.causal(*mine),
             "mfu_f": self.flops.full(*mine),

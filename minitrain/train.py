@@ -71,7 +71,7 @@ def train(
                 # Of all ranks: trained tokens, and how many were asked to stop; all stop after the same step.
                 counts = torch.tensor([sum(b.num_targets for b in batches), signals.asked])
                 tokens, asked = mesh.sum_host(counts).tolist()
-                tokens = tokens * mesh.dp_size // mesh.size  # of ranks with the same rows once
+                tokens //= mesh.ranks_of_a_row
                 loss, extras = forward_backward(model, batches, loss_fn, 1 / max(1, tokens), mesh, opt.backward)
                 norm = opt.clip_grad_norm(cfg.optim.max_norm, loss)  # both stay on the device
                 lr = lr_at(step, cfg.optim, cfg.train.steps)

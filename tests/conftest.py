@@ -1,8 +1,11 @@
 """Shared by the tests: a tiny corpus, tiny models, and one seed."""
 
+import ctypes
 import json
 import multiprocessing
 import os
+import shutil
+import subprocess
 import tempfile
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +20,7 @@ from tokenizers import Tokenizer, models
 
 from minitrain.storage import sha256, write_json, write_safetensors
 
+ROOT = Path(__file__).resolve().parent.parent
 TINY = {
     "vocab_size": 101,
     "hidden_size": 32,
@@ -58,6 +62,24 @@ def _rank(rank, n, store, device, fn, args):
     dist.init_process_group(backend, store=store, rank=rank, world_size=n, timeout=timedelta(seconds=60))
     fn(*args)
     dist.destroy_process_group()
+
+
+def compile_for_the_host(folder, sources, *options):
+    """{file's name: text}, C++ for which cuda_on_the_host.h is CUDA -> the library; skips where no compiler is."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    headers = dict.fromkeys(("cuda_runtime.h", "cuda_runtime_api.h", "cuda_bf16.h"), '#include "cuda_on_the_host.h"\n')
+    for name, text in (headers | sources).items():
+        (folder / name).write_text(text)
+    command = [compiler, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", *options]  # fibers jump
+    command += [f"-I{path}" for path in (folder, ROOT / "tests", ROOT / "kernels")]
+    command += [*map(str, folder.glob("*.cpp")), "-o", str(folder / "host.so")]
+    done = subprocess.run(command, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    library = ctypes.CDLL(str(folder / "host.so"))
+    library.plan_ints.restype = library.padded_rows.restype = ctypes.c_int64
+    return library
 
 
 def write_corpus(folder, documents, vocab_size=101, shards=1, trained=None):

@@ -6,7 +6,7 @@ import torch
 from conftest import TINY
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from minitrain.hf import hub_tensors
+from minitrain.hf import hub_parts
 
 # Of 32 tokens, and head_dim 16: one frequency is kept, one blended, the rest stretched.
 LLAMA3_ROPE = {
@@ -53,7 +53,7 @@ def hub_gradients(model) -> dict[str, torch.Tensor]:
     twin = copy.deepcopy(model)
     for p, original in zip(twin.parameters(), model.parameters(), strict=True):
         p.data = torch.zeros_like(original) if original.grad is None else original.grad
-    return hub_tensors(twin)
+    return {hub: p.detach() if e is None else p.detach()[e] for hub, (_, p, e) in hub_parts(twin).items()}
 
 
 def transformers_gradients(model) -> dict[str, torch.Tensor]:

@@ -5,14 +5,13 @@ No GPU is needed; one test asks the GPU for the same plans. What the kernels do 
 
 import ctypes
 import re
-import shutil
-import subprocess
 from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import compile_for_the_host
 
 from minitrain.fused_attention import make_plan
 
@@ -20,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 HEADS = (4, 2)  # of queries, of keys
 HARNESS = r"""
-#include "plan.cpp"
+#include "plan.inc"
 using namespace minitrain;
 namespace {
 AttentionShape shape_of(int T, int S, int N) {
@@ -61,27 +60,12 @@ int padded_begin_of(int q_begin, int index) { return padded_begin(Document{q_beg
 @pytest.fixture(scope="session")
 def host(tmp_path_factory):
     """attention.cuh and attention_plan.cu, compiled for the host."""
-    compiler = shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("host")
     source = (ROOT / "kernels/attention_plan.cu").read_text()
     source, launches = re.subn(r"(\w+)<<<([^>]*)>>>\(", r"Launch{\2}(\1, ", source)
     assert launches == 1
-    (folder / "plan.cpp").write_text(source)
-    (folder / "harness.cpp").write_text(HARNESS)
-    (folder / "sm80.cuh").write_text("constexpr minitrain::AttentionTiles attention_tiles_sm80(int) { return {}; }")
-    for name in ("cuda_runtime.h", "cuda_runtime_api.h"):
-        (folder / name).write_text('#include "cuda_on_the_host.h"\n')
-    includes = [f"-I{path}" for path in (folder, ROOT / "tests", ROOT / "kernels")]
-    command = [compiler, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", *includes]  # fibers jump
-    done = subprocess.run(
-        [*command, str(folder / "harness.cpp"), "-o", str(folder / "host.so")], text=True, capture_output=True
-    )
-    assert done.returncode == 0, done.stderr
-    library = ctypes.CDLL(str(folder / "host.so"))
-    library.plan_ints.restype = library.padded_rows.restype = ctypes.c_int64
-    return library
+    tiles = "constexpr minitrain::AttentionTiles attention_tiles_sm80(int) { return {}; }"
+    sources = {"plan.inc": source, "harness.cpp": HARNESS, "sm80.cuh": tiles}
+    return compile_for_the_host(tmp_path_factory.mktemp("host"), sources)
 
 
 def ints(values):

@@ -7,14 +7,13 @@ and the rule for errors are those of test_fused_attention.py, which asks a GPU.
 
 import ctypes
 import re
-import shutil
-import subprocess
 from ctypes import byref, c_bool, c_char_p, c_float, c_int, c_int64, c_void_p
 from math import prod
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import compile_for_the_host
 from test_fused_attention import (
     Results,
     assert_as_good_as_bf16,
@@ -100,23 +99,10 @@ def on_the_host(source):
 @pytest.fixture(scope="session")
 def host(tmp_path_factory):
     """The portable kernels, compiled for the host."""
-    compiler = shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("portable")
-    for name, source in SOURCES.items():
-        (folder / name).write_text(on_the_host((ROOT / "kernels" / source).read_text()))
-    (folder / "harness.cpp").write_text(HARNESS)
-    for name in ("cuda_runtime.h", "cuda_runtime_api.h", "cuda_bf16.h"):
-        (folder / name).write_text('#include "cuda_on_the_host.h"\n')
-    options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE"]
-    options += [f"-DFORWARD_BYTES={ctypes.sizeof(Forward)}", f"-DBACKWARD_BYTES={ctypes.sizeof(Backward)}"]
-    options += [f"-I{path}" for path in (folder, ROOT / "tests", ROOT / "kernels")]
-    command = [compiler, *options, *map(str, folder.glob("*.cpp")), "-o", str(folder / "host.so")]
-    done = subprocess.run(command, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    library = ctypes.CDLL(str(folder / "host.so"))
-    library.plan_ints.restype = library.padded_rows.restype = c_int64
+    sources = {name: on_the_host((ROOT / "kernels" / file).read_text()) for name, file in SOURCES.items()}
+    sizes = [f"-DFORWARD_BYTES={ctypes.sizeof(Forward)}", f"-DBACKWARD_BYTES={ctypes.sizeof(Backward)}"]
+    folder, sources = tmp_path_factory.mktemp("portable"), sources | {"harness.cpp": HARNESS}
+    library = compile_for_the_host(folder, sources, "-fno-strict-aliasing", *sizes)
     for call in (library.plan, library.forward, library.backward):
         call.restype, call.errcheck = c_char_p, raise_error
     return library

@@ -152,13 +152,8 @@ class ScatterTokens(torch.autograd.Function):
         return _all_rows(d, ctx.num_tokens, ctx.group), None
 
 
-class JoinTokens(torch.autograd.Function):
-    """Each rank's tokens -> those of all (num_tokens, ...); their gradients are whole."""
-
-    @staticmethod
-    def forward(ctx, x, num_tokens, group):
-        ctx.group = group
-        return _all_rows(x, num_tokens, group)
+class JoinTokens(GatherTokens):
+    """The same where the gradients are whole."""
 
     @staticmethod
     def backward(ctx, d):

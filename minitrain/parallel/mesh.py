@@ -61,9 +61,14 @@ class Mesh:
         """-> shard, replica."""
         return self.shardings.get(grad_sum_on, (Group(), Group()))
 
+    @property
+    def ranks_of_a_row(self) -> int:
+        """Those that have the same rows of data, and share the work."""
+        return self.size // self.dp_size
+
     def sum_rows(self, number: int) -> int:
         """As sum(), of what all ranks with the same rows know alike: counted once."""
-        return self.sum(number) * self.dp_size // self.size
+        return self.sum(number) // self.ranks_of_a_row
 
     def sum(self, number: int) -> int:
         """Over all ranks, on the hosts: no device waits. TimeoutError names the ranks that did not come to it."""
