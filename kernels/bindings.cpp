@@ -2,12 +2,15 @@
 // strides and devices have been checked by the caller in Python. Sees neither torch's nor CUDA's headers.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
+#include "adamw.h"
 #include "attention.h"
 #include "cross_entropy.h"
 #include "norm_rotate.h"
@@ -144,6 +147,24 @@ PYBIND11_MODULE(kernels, m) {
         py::arg("lse"), py::arg("d_lse"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("rows"),
         py::arg("dq_sum"), py::arg("turns"), py::arg("dkv_sum"), py::arg("dkv_turns"), py::arg("deterministic"),
         py::arg("hopper"), py::arg("device"), py::arg("stream"));
+
+    // kernels/adamw.h. A tensor is (param, mean, square, grad, rounded, step, numel, whether grad is bf16).
+    using AdamWTensor = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, bool>;
+    m.def(
+        "adamw",
+        [](const std::vector<AdamWTensor>& given, float lr, double beta1, double beta2, float eps, float weight_decay,
+           uintptr_t grad_scale, uintptr_t broken, int device, uintptr_t stream) {
+            std::vector<minitrain::AdamWTensor> tensors;
+            for (const auto& [param, mean, square, grad, rounded, step, numel, is_bf16] : given) {
+                tensors.push_back({pointer<float>(param), pointer<float>(mean), pointer<float>(square),
+                                   pointer<void>(grad), pointer<void>(rounded), pointer<float>(step), numel, is_bf16});
+            }
+            minitrain::adamw(tensors,
+                             {lr, eps, weight_decay, beta1, beta2, pointer<float>(grad_scale), pointer<float>(broken)},
+                             device, stream_of(stream));
+        },
+        py::arg("tensors"), py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
+        py::arg("weight_decay"), py::arg("grad_scale"), py::arg("broken"), py::arg("device"), py::arg("stream"));
 
     // RMSNorm of each head and rotary positions: kernels/norm_rotate.h.
     using minitrain::NormRotate;

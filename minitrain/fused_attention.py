@@ -9,16 +9,12 @@ Dimensions as in attention.py: T queries, S keys, H query heads, K key/value hea
 """
 
 import functools
-import importlib.util
 import itertools
 
 import torch
 from torch import Tensor
 
-if importlib.util.find_spec("minitrain.kernels"):
-    from minitrain import kernels
-else:  # built without nvcc
-    kernels = None
+from minitrain.extension import address, addressable, kernels, packed, stream_of
 
 HEAD_DIMS = {"hopper": (64, 128), "portable": (64, 96, 128, 192, 256)}
 
@@ -162,20 +158,20 @@ def attention_fwd(
     out, lse = q_THC.new_empty(T, H, C), q_THC.new_empty(H, T, dtype=torch.float32)
     if not T or not len(k_SKC):
         return out.zero_(), lse.fill_(-torch.inf)
-    q, k, v = map(_addressable, (q_THC, k_SKC, v_SKC))
+    q, k, v = map(addressable, (q_THC, k_SKC, v_SKC))
     shape = _shape(q, k, cu_q, look_back, look_ahead, scale)
     plan = make_plan(cu_q, cu_k, shape, _tiles(C, hopper))
     kernels.attention_forward(
         shape=shape,
         plan=plan.data_ptr(),
-        q=_packed(q),
-        k=_packed(k),
-        v=_packed(v),
+        q=packed(q),
+        k=packed(k),
+        v=packed(v),
         out=out.data_ptr(),
         lse=lse.data_ptr(),
         hopper=hopper,
         device=q.device.index,
-        stream=_stream(q.device),
+        stream=stream_of(q.device),
     )
     return out, lse
 
@@ -208,7 +204,7 @@ def attention_bwd(
     dq, dk, dv = (x.new_empty(x.shape) for x in (q_THC, k_SKC, v_SKC))
     if not T or not S:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    q, k, v, out, d_out = map(_addressable, (q_THC, k_SKC, v_SKC, out_THC, d_out_THC))
+    q, k, v, out, d_out = map(addressable, (q_THC, k_SKC, v_SKC, out_THC, d_out_THC))
     d_lse, lse = d_lse_HT if d_lse_HT is None else d_lse_HT.contiguous(), lse_HT.contiguous()
     shape = _shape(q, k, cu_q, look_back, look_ahead, scale)
     R = kernels.attention_padded_rows(shape)
@@ -221,25 +217,25 @@ def attention_bwd(
     kernels.attention_backward(
         shape=shape,
         plan=plan.data_ptr(),
-        q=_packed(q),
-        k=_packed(k),
-        v=_packed(v),
-        out=_packed(out),
-        d_out=_packed(d_out),
+        q=packed(q),
+        k=packed(k),
+        v=packed(v),
+        out=packed(out),
+        d_out=packed(d_out),
         lse=lse.data_ptr(),
-        d_lse=_address(d_lse),
+        d_lse=address(d_lse),
         dq=dq.data_ptr(),
         dk=dk.data_ptr(),
         dv=dv.data_ptr(),
         rows=rows.data_ptr(),
         dq_sum=dq_sum.data_ptr(),
         turns=turns.data_ptr(),
-        dkv_sum=_address(dkv_sum),
-        dkv_turns=_address(dkv_turns),
+        dkv_sum=address(dkv_sum),
+        dkv_turns=address(dkv_turns),
         deterministic=deterministic,
         hopper=hopper,
         device=q.device.index,
-        stream=_stream(q.device),
+        stream=stream_of(q.device),
     )
     if is_split:
         dk, dv = (x.to(k.dtype) for x in dkv_sum)
@@ -270,35 +266,12 @@ attention_fwd.register_autograd(_differentiate, setup_context=_save)
 # ---- what the kernels are given
 
 
-def _addressable(x: Tensor) -> Tensor:
-    """x itself if the kernels can read it in place, else a copy: channels in a row, rows and heads 16 bytes aligned.
-
-    They reckon in 32 bits within a tile of rows, and with steps of 0 (an expanded tensor) not at all.
-    """
-    steps = [stride for stride, size in zip(x.stride()[:2], x.shape[:2], strict=True) if size > 1]
-    fits = x.stride(2) == 1 and x.data_ptr() % 16 == 0 and all(0 < step < 1 << 24 and step % 8 == 0 for step in steps)
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-def _packed(x: Tensor):
-    rows, heads = (s if size > 1 else x.shape[2] for s, size in zip(x.stride()[:2], x.shape[:2], strict=True))
-    return kernels.Packed(x.data_ptr(), rows, heads)
-
-
 def _shape(q, k, cu_q, look_back, look_ahead, scale):
     (T, H, C), (S, K, _) = q.shape, k.shape
     return kernels.AttentionShape(
         num_queries=T, num_keys=S, num_documents=len(cu_q) - 1, heads=H, kv_heads=K, head_dim=C,
         look_back=look_back, look_ahead=look_ahead, scale=scale,
     )  # fmt: skip
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
 
 
 @functools.cache
@@ -317,7 +290,7 @@ def make_plan(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, shape, tiles: tuple[in
     written to, and in every capture of a CUDA graph, whose replays may see other documents.
     NOTE: a write that torch does not count, as by `.data` or the replay of a graph, is not noticed: clear `plans` then.
     """
-    device, stream = cu_seqlens_q.device, _stream(cu_seqlens_q.device)
+    device, stream = cu_seqlens_q.device, stream_of(cu_seqlens_q.device)
     if cu_seqlens_q.is_inference() or cu_seqlens_k.is_inference():  # these count no writes
         plans, versions = {}, None
     else:

@@ -4,18 +4,12 @@ A loss is any function (hidden_TD, head, batch) -> (sum over trained tokens, {na
 number of trained tokens of all rows and ranks, so that cutting a step into more rows changes nothing.
 """
 
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minitrain.batch import IGNORE, Batch
-
-if importlib.util.find_spec("minitrain.kernels"):
-    from minitrain import kernels
-else:  # built without nvcc
-    kernels = None
+from minitrain.extension import kernels, stream_of
 
 _PIECE_BYTES = 5 << 28  # 1.25 GiB of logits at a time: 4,416 rows of bf16 at V = 151,936, enough for full GEMM speed
 
@@ -77,7 +71,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d):
         d_x, d_w = ctx.saved_tensors
-        return (d_x * d).to(d_x.dtype), (d_w * d).to(ctx.w_dtype), None, None, None
+        d_w = torch.mul(d_w, d, out=d_w.new_empty(d_w.shape, dtype=ctx.w_dtype))  # rounded on the way
+        return d_x * d, d_w, None, None, None
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -158,6 +153,6 @@ if kernels is not None:
             vocab=V,
             write_grad=write_grad,
             device=logits_NV.device.index,
-            stream=torch.cuda.current_stream(logits_NV.device).cuda_stream,
+            stream=stream_of(logits_NV.device),
         )
         return losses_N

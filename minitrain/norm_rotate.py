@@ -6,7 +6,7 @@ models/layers.py has the plain functions and chooses. Dimensions: T tokens, H he
 import torch
 from torch import Tensor
 
-from minitrain.fused_attention import _addressable, _packed, _stream, kernels
+from minitrain.extension import addressable, kernels, packed, stream_of
 
 HEAD_DIMS = (64, 128, 256)
 
@@ -24,7 +24,7 @@ def norm_rotate(x_THC: Tensor, weight_C: Tensor, cos_TC2: Tensor, sin_TC2: Tenso
     x (T, H, C) and weight (C,) bf16, cos and sin (T, C/2) fp32; computed in fp32, rounded once. eps is added to the
     mean square. No gradient for cos and sin. Norm: Zhang & Sennrich 2019, arXiv:1910.07467.
     """
-    out_THC, x_THC = x_THC.new_empty(x_THC.shape), _addressable(x_THC)
+    out_THC, x_THC = x_THC.new_empty(x_THC.shape), addressable(x_THC)
     if out_THC.numel():
         kernels.norm_rotate(**_arguments(x_THC, weight_C, cos_TC2, sin_TC2), eps=eps, out=out_THC.data_ptr())
     return out_THC
@@ -38,12 +38,12 @@ def norm_rotate_bwd(
     dx_THC = x_THC.new_empty(x_THC.shape)
     if not dx_THC.numel():
         return dx_THC, torch.zeros_like(weight_C)
-    d_out_THC, x_THC = _addressable(d_out_THC), _addressable(x_THC)
+    d_out_THC, x_THC = addressable(d_out_THC), addressable(x_THC)
     parts_PC = cos_TC2.new_empty(kernels.norm_rotate_num_parts(x_THC.device.index), len(weight_C))
     kernels.norm_rotate_backward(
         **_arguments(x_THC, weight_C, cos_TC2, sin_TC2),
         eps=eps,
-        d_out=_packed(d_out_THC),
+        d_out=packed(d_out_THC),
         dx=dx_THC.data_ptr(),
         weight_grads=parts_PC.data_ptr(),
         num_parts=len(parts_PC),
@@ -64,12 +64,12 @@ def _arguments(x_THC, weight_C, cos_TC2, sin_TC2):
         "tokens": T,
         "heads": H,
         "head_dim": C,
-        "x": _packed(x_THC),
+        "x": packed(x_THC),
         "weight": weight_C.data_ptr(),
         "cos": cos_TC2.data_ptr(),
         "sin": sin_TC2.data_ptr(),
         "device": x_THC.device.index,
-        "stream": _stream(x_THC.device),
+        "stream": stream_of(x_THC.device),
     }
 
 

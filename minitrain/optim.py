@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from minitrain.config import OptimConfig
+from minitrain.extension import address, kernels, stream_of
 
 
-def adamw(cfg: OptimConfig) -> Callable[[list[nn.Parameter]], torch.optim.AdamW]:
-    """AdamW with decoupled decay (Loshchilov & Hutter 2017, arXiv:1711.05101), torch's fused kernel.
+def adamw(cfg: OptimConfig) -> Callable[[list[nn.Parameter]], "AdamW"]:
+    """AdamW with decoupled decay (Loshchilov & Hutter 2017, arXiv:1711.05101).
 
     Matrices and embeddings decay, norms and biases (one dimension) do not.
     """
@@ -26,9 +27,68 @@ def adamw(cfg: OptimConfig) -> Callable[[list[nn.Parameter]], torch.optim.AdamW]
             {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
         ]
         groups = [g for g in groups if g["params"]]
-        return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+        return AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
 
     return make
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's; on a GPU the extension's kernel, which does in one pass over memory what a step has to do.
+
+    There it takes gradients in bf16 or fp32, and writes `rounded`, a bf16 tensor, of the parameters that have one.
+    """
+
+    @property
+    def rounds(self) -> bool:
+        """Whether it does that."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        is_bf16 = all(p.rounded.dtype == torch.bfloat16 for p in params if hasattr(p, "rounded"))
+        return kernels is not None and is_bf16 and all(p.is_cuda and p.dtype == torch.float32 for p in params)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        if not self.rounds:
+            super().step()
+            return
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._step_group(group, params)
+
+    def _step_group(self, group, params):
+        """grad_scale, found_inf: 0-d fp32 on the device, as torch's fused optimizers take them."""
+        device = params[0].device
+        scale, broken = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        scale = torch.ones((), device=device) if scale is None else scale
+        broken = torch.zeros((), device=device) if broken is None else broken
+        for p in params:
+            if not self.state[p]:
+                step = torch.zeros((), device=device)
+                self.state[p].update(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        torch._foreach_add_([self.state[p]["step"] for p in params], 1 - broken)
+        grads = [_dense(p.grad) for p in params]
+        kernels.adamw(
+            [self._addresses(p, grad) for p, grad in zip(params, grads, strict=True)],
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            grad_scale=scale.data_ptr(),
+            broken=broken.data_ptr(),
+            device=device.index,
+            stream=stream_of(device),
+        )
+
+    def _addresses(self, p, grad):
+        state = self.state[p]
+        tensors = p, state["exp_avg"], state["exp_avg_sq"], grad, getattr(p, "rounded", None), state["step"]
+        return *map(address, tensors), p.numel(), grad.dtype == torch.bfloat16
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x, or a copy where its elements do not lie in a row that begins at a border of 16 bytes."""
+    return x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def muon(cfg: OptimConfig, vocab_size: int) -> Callable[[list[nn.Parameter]], "Muon"]:

@@ -107,10 +107,10 @@ def rotate(x_THC: Tensor, cos_TC2: Tensor, sin_TC2: Tensor) -> Tensor:
 
 def norm_rotate(x_THC: Tensor, norm: nn.Module, cos_TC2: Tensor, sin_TC2: Tensor) -> Tensor:
     """rotate(norm(x)): as one kernel each way where `norm` is an RMSNorm and the kernel can run."""
-    from minitrain import norm_rotate as fused  # on use only: who reads the models need not read it
+    from minitrain.norm_rotate import can_run, norm_rotate  # on use only: who reads the models need not read it
 
-    if isinstance(norm, nn.RMSNorm) and fused.can_run(x_THC, norm.weight):
-        return fused.norm_rotate(x_THC, norm.weight, cos_TC2, sin_TC2, norm.eps)
+    if isinstance(norm, nn.RMSNorm) and can_run(x_THC, norm.weight):
+        return norm_rotate(x_THC, norm.weight, cos_TC2, sin_TC2, norm.eps)
     return rotate(norm(x_THC), cos_TC2, sin_TC2)
 
 

@@ -1,6 +1,6 @@
 """The optimizer's side of data parallelism: fp32 master weights, fp32 gradients, one global norm, shared by ranks.
 
-    model parameter (bf16)  --gradient of each row, added in fp32-->  master.grad
+    model parameter (bf16)  --gradients of the rows, added in fp32-->  master.grad
     master (fp32, what the optimizer sees)  --after its step, rounded-->  model parameter
 
 One process has all of it (MasterOptimizer); where its model is fp32, parameters are their own masters. Several ranks
@@ -90,11 +90,14 @@ class MasterOptimizer:
         """After clip_grad_norm: one step at this learning rate, new weights to the model, gradients gone."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self._step_masters()
-        self.write_weights()
+        self._step_masters(list(self.masters))
 
-    def _step_masters(self) -> None:
-        """Of those that have a gradient; these go."""
+    def _step_masters(self, names: list[str]) -> None:
+        """Of these, those that have a gradient, which goes; then all of these to the model."""
+        rounds = getattr(self.optimizer, "rounds", False)  # it takes any gradient, and rounds new weights itself
+        for master in () if rounds else self.masters.values():
+            if master.grad is not None:
+                master.grad = master.grad.to(master.dtype)
         if getattr(self.optimizer, "_step_supports_amp_scaling", False):
             self.optimizer.grad_scale, self.optimizer.found_inf = self.grad_scale, self.broken
             self.optimizer.step()
@@ -104,17 +107,19 @@ class MasterOptimizer:
             self.optimizer.step()
         for master in self.masters.values():
             master.grad = None
+        if not rounds:
+            self._round(names)
 
     def _grad_norm(self) -> Tensor:
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self._grads())))
+        grads = self._grads()
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, _wide(grads[0].dtype))))
 
     def _grads(self) -> list[Tensor]:
         return [m.grad for m in self.masters.values() if m.grad is not None]
 
-    @torch.no_grad()
-    def write_weights(self) -> None:
-        """Round the masters into the model's parameters."""
-        pairs = [(p, self.masters[name]) for name, p in self.params.items() if self.masters[name] is not p]
+    def _round(self, names: list[str]) -> None:
+        """Masters into what the model computes with."""
+        pairs = [(self.masters[n].rounded, self.masters[n]) for n in names if hasattr(self.masters[n], "rounded")]
         if pairs:
             torch._foreach_copy_(*zip(*pairs, strict=True))
 
@@ -175,7 +180,7 @@ class MasterOptimizer:
         self._use_loaded()
 
     def _use_loaded(self) -> None:
-        self.write_weights()
+        self._round(list(self.masters))
 
     _is_cut = False  # whether a master can be a piece of its parameter
 
@@ -230,6 +235,8 @@ class ShardedOptimizer(MasterOptimizer):
             if key in gathers:  # one unit is whole at a time
                 self.shards[key] = self.shards[key].clone()
                 flat.untyped_storage().resize_(0)
+            for name, piece in self._pieces(key, self.shards[key]).items() if self.owners is None else ():
+                self.masters[name].rounded = piece.view_as(self.masters[name])
         if fill:
             _fill_frozen({name: p for name, p in self.params.items() if name not in self.unit_of}, fill)
         # An empty one where a rank has none at all, since torch's optimizers refuse an empty list.
@@ -278,7 +285,7 @@ class ShardedOptimizer(MasterOptimizer):
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(counted)))
         return sum_equal(norm.square(), self.mesh.group("world")).sqrt()
 
-    def _step_masters(self) -> None:
+    def _step_masters(self, names: list[str]) -> None:
         keys = list(self.units)
         if self.host is None:
             self._step_units(keys)
@@ -286,6 +293,7 @@ class ShardedOptimizer(MasterOptimizer):
             portions = [[self.masters[name] for name in self._names(key)] for key in keys]
             self.host.step(portions, lambda i: self._step_units(keys[i : i + 1]))
         self.gradients.clear()
+        self._share_weights()
 
     def _step_units(self, keys: list[str]) -> None:
         """Masters of these units, and from them this rank's shards of the weights."""
@@ -294,21 +302,16 @@ class ShardedOptimizer(MasterOptimizer):
             grads = self._pieces(key, sums) if self.owners is None else self.owners.collect(key, sums)
             for name in grads.keys() & self.with_gradient:  # of some rank; what none has stays as it is
                 self.masters[name].grad = grads[name].view_as(self.masters[name])
-        super()._step_masters()
-        self._round(keys)
+        super()._step_masters([name for key in keys for name in self._names(key)])
+        self._hand_out(keys)
 
-    def _round(self, keys: list[str]) -> None:
-        """Masters into this rank's shards of the weights."""
-        if self.owners is not None:
-            for key in keys:
-                self.owners.hand_out(key, {name: self.masters[name] for name in self._names(key)}, self.shards[key])
-            return
-        pieces = {name: piece for key in keys for name, piece in self._pieces(key, self.shards[key]).items()}
-        if pieces:
-            torch._foreach_copy_(list(pieces.values()), [self.masters[name].flatten() for name in pieces])
+    def _hand_out(self, keys: list[str]) -> None:
+        """What owners have of whole parameters, into the shards of all ranks."""
+        for key in keys if self.owners else ():
+            self.owners.hand_out(key, {name: self.masters[name] for name in self._names(key)}, self.shards[key])
 
     @torch.no_grad()
-    def write_weights(self) -> None:
+    def _share_weights(self) -> None:
         """This rank's shards into the weights of all."""
         if self.gathered:
             self.gathered.free_all()
@@ -333,8 +336,9 @@ class ShardedOptimizer(MasterOptimizer):
     def _use_loaded(self) -> None:
         if self.host:
             self.host.place()
-        self._round(list(self.units))
-        self.write_weights()
+        super()._use_loaded()
+        self._hand_out(list(self.units))
+        self._share_weights()
 
     def _to_save(self) -> list[str]:
         """Ranks that hold the same piece share the work parameter by parameter; frozen ones are on every rank."""
@@ -384,17 +388,22 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _master(p: nn.Parameter) -> nn.Parameter:
-    return p if p.dtype == _wide(p.dtype) or not p.requires_grad else nn.Parameter(p.detach().to(_wide(p.dtype)))
+    """`rounded`: what gets its value in the model's dtype."""
+    if p.dtype == _wide(p.dtype) or not p.requires_grad:
+        return p
+    master = nn.Parameter(p.detach().to(_wide(p.dtype)))
+    master.rounded, master.grad_dtype = p, None  # None: any
+    return master
 
 
 def _grad_mover(master: nn.Parameter) -> Callable[[Tensor], None]:
-    """Called with a parameter whose gradient is complete for this row: adds it to the master's, in fp32."""
+    """Called with a parameter whose gradient is complete for this row: adds it to the master's.
+
+    The first is taken as it is, which loses nothing; sums are in fp32.
+    """
 
     def move(p):
-        if master.grad is None:
-            master.grad = p.grad.float()
-        else:
-            master.grad.add_(p.grad)
+        master.grad = p.grad if master.grad is None else master.grad.to(master.dtype).add_(p.grad)
         p.grad = None
 
     return move

@@ -1,0 +1,32 @@
+// AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) over a list of tensors, one pass over their memory.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+typedef struct CUstream_st* cudaStream_t;  // as CUDA declares it: the bindings then compile without CUDA's headers
+
+namespace minitrain {
+
+// One tensor of `numel` elements, everything contiguous, at addresses that 16 divides (bf16: 8).
+struct AdamWTensor {
+    float *param, *mean, *square;  // mean, square: running ones of the gradient and of its square
+    const void* grad;              // bf16 or fp32
+    void* rounded;                 // bf16, gets the new param; null: nothing to write
+    const float* step;             // on the device: this step's number, from 1 on
+    int64_t numel;
+    bool grad_is_bf16;
+};
+
+struct AdamWSettings {
+    float lr, eps, weight_decay;
+    double beta1, beta2;
+    const float* grad_scale;  // on the device: gradients are divided by it
+    const float* broken;      // on the device: not 0 leaves everything as it is
+};
+
+// Arithmetic in fp32, the same bits in every run. Launches on `stream` and returns; throws std::runtime_error on a CUDA
+// error.
+void adamw(const std::vector<AdamWTensor>& tensors, const AdamWSettings& settings, int device, cudaStream_t stream);
+
+}  // namespace minitrain

@@ -1,0 +1,37 @@
+"""The CUDA extension, minitrain.kernels, and what all that call it say of tensors: addresses, strides, streams."""
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+if importlib.util.find_spec("minitrain.kernels"):
+    from minitrain import kernels
+else:  # built without nvcc
+    kernels = None
+
+
+def stream_of(device: torch.device) -> int:
+    """The current one there."""
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def address(x: Tensor | None) -> int:
+    """0 for None."""
+    return 0 if x is None else x.data_ptr()
+
+
+def addressable(x: Tensor) -> Tensor:
+    """x (tokens, heads, channels) if kernels can read it in place, else a copy: channels in a row, 16 bytes aligned.
+
+    They reckon in 32 bits within a tile of rows, and with steps of 0 (an expanded tensor) not at all.
+    """
+    steps = [stride for stride, size in zip(x.stride()[:2], x.shape[:2], strict=True) if size > 1]
+    fits = x.stride(2) == 1 and x.data_ptr() % 16 == 0 and all(0 < step < 1 << 24 and step % 8 == 0 for step in steps)
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def packed(x: Tensor):
+    """kernels.Packed of what addressable gave."""
+    rows, heads = (s if size > 1 else x.shape[2] for s, size in zip(x.stride()[:2], x.shape[:2], strict=True))
+    return kernels.Packed(x.data_ptr(), rows, heads)
