@@ -133,8 +133,9 @@ class TrainConfig:
     """Loss as "module:function": (hidden, head, batch) -> (sum over trained tokens, {name: sum})."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile every block; auto: on the GPU."""
-    recompute: Literal["none", "full"] = "none"
-    """full: keep only the input of each block and compute the block again in backward, for less memory."""
+    recompute: Literal["none", "cheap", "block", "full"] = "none"
+    """What backward computes again, to keep less: cheap: pointwise operations and norms; block: the block but its
+    attention; full: all of it."""
     deterministic: bool = False
     """Only algorithms that give the same bits in every run on the same machine; slower."""
     log_every: int = 10

@@ -90,7 +90,8 @@ class Flops:
 
     def hardware(self, tokens: int, pairs: int, recompute: str) -> float:
         """C and what recomputation adds."""
-        again = 2 * self.blocks * tokens + 2 * self.attention * pairs if recompute == "full" else 0
+        again = 2 * self.blocks * tokens if recompute in ("block", "full") else 0
+        again += 2 * self.attention * pairs if recompute == "full" else 0
         return self.causal(tokens, pairs) + again
 
 

@@ -120,7 +120,10 @@ def _grouped_matmul(x_RD: Tensor, w_EFD: Tensor, counts_E: Tensor) -> Tensor:
 
 
 class MoE(nn.Module):
-    """Router and experts. In training, `load` counts the rows that each expert got until somebody zeroes it."""
+    """Router and experts. In training, `load` counts the rows that each expert got until somebody zeroes it.
+
+    Twice, where the forward runs again in backward.
+    """
 
     counters = ("load",)  # buffers that begin at zero
 
@@ -146,7 +149,7 @@ class MoE(nn.Module):
         ends_E = torch.searchsorted(sorted_R, torch.arange(E, device=x_TD.device), right=True)
         counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
         if batch.share:
-            self.load += counts_E
+            self.load.add_(counts_E)
 
         x_RD = _GatherRows.apply(x_TD, order_R, place_R, A)
         y_RD = self.experts(x_RD, counts_E)

@@ -4,13 +4,13 @@ import functools
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from minitrain.attention import attention, choose
 from minitrain.config import TrainConfig, UserError
 from minitrain.parallel.cp import apply_cp
 from minitrain.parallel.ep import apply_ep
 from minitrain.parallel.mesh import Mesh
+from minitrain.parallel.recompute import KEEPS, recomputed
 from minitrain.parallel.tp import apply_tp
 
 
@@ -30,10 +30,12 @@ def parallelize(model: nn.Module, mesh: Mesh, cfg: TrainConfig) -> nn.Module:
     apply_cp(model, mesh)
     for block in model.layers.values():
         plain = forward = getattr(block.forward, "plain", block.forward)
+        if cfg.recompute in KEEPS:  # inside of what is compiled, so that it is one graph
+            forward = recomputed(forward, KEEPS[cfg.recompute])
         if cfg.compile == "on" or (cfg.compile == "auto" and mesh.device.type == "cuda"):
             forward = torch.compile(forward, dynamic=False)
         if cfg.recompute == "full":
-            forward = functools.partial(checkpoint, forward, use_reentrant=False)
+            forward = recomputed(forward)
         if forward is not plain:
             forward.plain = plain
         block.forward = forward

@@ -1,0 +1,47 @@
+"""What a block keeps of its forward for its backward, and what it computes again: train.recompute.
+
+            computes again                              keeps
+    none    what the compiler finds cheap               the rest
+    cheap   pointwise operations, norms, copies         results of matrix products, sorts, attention
+    block   all but attention                           the block's input, attention's results
+    full    all                                         the block's input
+
+"none" and "cheap" cost no matrix product, "block" and "full" a forward of the block. Chen et al. 2016, arXiv:1604.06174.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+_COSTLY = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "_grouped_mm", "topk", "sort")}
+
+
+def _is_attention(op) -> bool:
+    """Of any backend."""
+    return "attention" in _name(op) or "attn" in _name(op)
+
+
+def _is_costly(op) -> bool:
+    return _name(op) in _COSTLY or _is_attention(op)
+
+
+def _name(op) -> str:
+    return op.name().split(".")[0] if isinstance(op, torch._ops.OpOverload) else str(op)
+
+
+KEEPS = {"cheap": _is_costly, "block": _is_attention}  # operations whose results are kept
+
+
+def recomputed(forward: Callable, keeps: Callable | None = None) -> Callable:
+    """forward, of which its inputs are kept and the results of operations for which keeps(op) holds."""
+    options = {"use_reentrant": False}
+    if keeps:
+        policy = functools.partial(_policy, keeps)
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
+    return functools.partial(checkpoint, forward, **options)
+
+
+def _policy(keeps, _context, op, *_args, **_kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if keeps(op) else CheckpointPolicy.PREFER_RECOMPUTE
