@@ -14,6 +14,8 @@
 #include "attention.h"
 #include "cross_entropy.h"
 #include "norm_rotate.h"
+#include "routed_rows.h"
+#include "squares.h"
 
 namespace {
 
@@ -166,6 +168,16 @@ PYBIND11_MODULE(kernels, m) {
         py::arg("tensors"), py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
         py::arg("weight_decay"), py::arg("grad_scale"), py::arg("broken"), py::arg("device"), py::arg("stream"));
 
+    // kernels/squares.h.
+    using minitrain::Gradient;
+    py::class_<Gradient>(m, "Gradient").def(py::init([](uintptr_t data, int64_t numel, bool is_bf16) {
+        return Gradient{pointer<void>(data), numel, is_bf16};
+    }));
+    m.def("num_square_parts", &minitrain::num_square_parts);
+    m.def("squares", [](const std::vector<Gradient>& tensors, uintptr_t parts, int device, uintptr_t stream) {
+        minitrain::squares(tensors, pointer<float>(parts), device, stream_of(stream));
+    });
+
     // RMSNorm of each head and rotary positions: kernels/norm_rotate.h.
     using minitrain::NormRotate;
     const auto of = [](int tokens, int heads, int head_dim, Packed x, uintptr_t weight, uintptr_t cos, uintptr_t sin,
@@ -194,4 +206,28 @@ PYBIND11_MODULE(kernels, m) {
         py::arg("tokens"), py::arg("heads"), py::arg("head_dim"), py::arg("x"), py::arg("weight"), py::arg("cos"),
         py::arg("sin"), py::arg("eps"), py::arg("d_out"), py::arg("dx"), py::arg("weight_grads"), py::arg("num_parts"),
         py::arg("device"), py::arg("stream"));
+
+    // Rows of tokens to the order of experts and back: kernels/routed_rows.h.
+    using minitrain::RoutedRows;
+    py::class_<RoutedRows>(m, "RoutedRows")
+        .def(py::init([](int tokens, int copies, int channels, uintptr_t place, uintptr_t weights) {
+                 return RoutedRows{tokens, copies, channels, pointer<int64_t>(place), pointer<float>(weights)};
+             }),
+             py::kw_only(), py::arg("tokens"), py::arg("copies"), py::arg("channels"), py::arg("place"),
+             py::arg("weights"));
+    m.def(
+        "spread_rows",
+        [](const RoutedRows& args, uintptr_t x, uintptr_t out, uintptr_t y, uintptr_t dots, int device,
+           uintptr_t stream) {
+            minitrain::spread_rows(args, pointer<void>(x), pointer<void>(out), pointer<void>(y), pointer<float>(dots),
+                                   device, stream_of(stream));
+        },
+        py::arg("args"), py::arg("x"), py::arg("out"), py::arg("y"), py::arg("dots"), py::arg("device"),
+        py::arg("stream"));
+    m.def(
+        "sum_rows",
+        [](const RoutedRows& args, uintptr_t x, uintptr_t out, int device, uintptr_t stream) {
+            minitrain::sum_rows(args, pointer<void>(x), pointer<void>(out), device, stream_of(stream));
+        },
+        py::arg("args"), py::arg("x"), py::arg("out"), py::arg("device"), py::arg("stream"));
 }

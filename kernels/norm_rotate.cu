@@ -4,13 +4,12 @@
 // A warp has a token, C / 16 of its lanes a head, and a lane 8 channels of the first half and their 8 partners of the
 // second: 16 bytes at each access, and no exchange for the rotation.
 
-#include <cuda_bf16.h>
-
 #include <stdexcept>
 #include <string>
 
 #include "common.cuh"
 #include "norm_rotate.h"
+#include "vectors.cuh"
 
 namespace minitrain {
 namespace {
@@ -18,29 +17,10 @@ namespace {
 using bf16 = __nv_bfloat16;
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kEach = 8;  // channels of a lane in each half
 
 struct Pairs {
-    float a[kEach], b[kEach];  // channels i and i + C / 2
+    float a[kEach], b[kEach];  // a lane's channels of each half, i and i + C / 2
 };
-
-__device__ void load8(float (&to)[kEach], const bf16* from) {
-    const uint4 bits = *reinterpret_cast<const uint4*>(from);
-    const __nv_bfloat162* pairs = reinterpret_cast<const __nv_bfloat162*>(&bits);
-#pragma unroll
-    for (int i = 0; i < kEach / 2; ++i) {
-        const float2 pair = __bfloat1622float2(pairs[i]);
-        to[2 * i] = pair.x, to[2 * i + 1] = pair.y;
-    }
-}
-
-__device__ void store8(bf16* to, const float (&from)[kEach]) {
-    uint4 bits;
-    __nv_bfloat162* pairs = reinterpret_cast<__nv_bfloat162*>(&bits);
-#pragma unroll
-    for (int i = 0; i < kEach / 2; ++i) pairs[i] = __floats2bfloat162_rn(from[2 * i], from[2 * i + 1]);
-    *reinterpret_cast<uint4*>(to) = bits;
-}
 
 template <int C>
 __device__ Pairs load(const bf16* head, int lane) {

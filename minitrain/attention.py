@@ -105,6 +105,8 @@ def why_not(name: str, facts: Facts) -> str | None:
         return reason
     if name == "flex" and facts.device != "cuda":
         return f"it has no backward on {facts.device}"
+    if name == "flex" and facts.dtype == torch.float64:
+        return "it takes no float64"
     if name == "flex" and facts.head_dim & (facts.head_dim - 1):
         return f"head dim {facts.head_dim} is not a power of two"
     return None

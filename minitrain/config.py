@@ -134,8 +134,7 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile every block; auto: on the GPU."""
     recompute: Literal["none", "cheap", "block", "full"] = "none"
-    """What backward computes again, to keep less: cheap: pointwise operations and norms; block: the block but its
-    attention; full: all of it."""
+    """What backward computes again, to keep less: nothing, pointwise work and norms, all but attention, or all."""
     deterministic: bool = False
     """Only algorithms that give the same bits in every run on the same machine; slower."""
     log_every: int = 10

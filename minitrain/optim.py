@@ -65,7 +65,8 @@ class AdamW(torch.optim.AdamW):
             if not self.state[p]:
                 step = torch.zeros((), device=device)
                 self.state[p].update(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-        torch._foreach_add_([self.state[p]["step"] for p in params], 1 - broken)
+        steps = [self.state[p]["step"] for p in params]
+        torch._foreach_add_(steps, [1 - broken] * len(steps))  # one tensor for all would be read on the host
         grads = [_dense(p.grad) for p in params]
         kernels.adamw(
             [self._addresses(p, grad) for p, grad in zip(params, grads, strict=True)],
@@ -84,6 +85,19 @@ class AdamW(torch.optim.AdamW):
         state = self.state[p]
         tensors = p, state["exp_avg"], state["exp_avg_sq"], grad, getattr(p, "rounded", None), state["step"]
         return *map(address, tensors), p.numel(), grad.dtype == torch.bfloat16
+
+
+def global_norm(tensors: list[Tensor]) -> Tensor:
+    """Euclidean norm of all elements, 0-d in fp32 (fp64 for fp64); no tensors: not allowed."""
+    first = tensors[0]
+    if kernels is None or any(not x.is_cuda or x.dtype not in (torch.float32, torch.bfloat16) for x in tensors):
+        norms = torch._foreach_norm(tensors, 2, torch.promote_types(first.dtype, torch.float32))
+        return torch.linalg.vector_norm(torch.stack(norms))
+    tensors = [_dense(x) for x in tensors]
+    gradients = [kernels.Gradient(x.data_ptr(), x.numel(), x.dtype == torch.bfloat16) for x in tensors]
+    parts = torch.empty(kernels.num_square_parts(gradients), device=first.device)
+    kernels.squares(gradients, parts.data_ptr(), first.device.index, stream_of(first.device))
+    return parts.sum().sqrt()
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """How much memory a run takes on each rank, from its config alone: nothing is allocated.
 
 Weights, gradients, states and buffers are counted as the trainer allocates them. Activations are what a compiled block
-keeps for its backward: the input of every matrix product and of attention, once. The CUDA context, NCCL and what the
-allocator loses are not counted.
+keeps for its backward: the input of every matrix product and of attention, once, or what train.recompute leaves of it.
+The CUDA context, NCCL and what the allocator loses are not counted.
 """
 
 from dataclasses import dataclass, fields
@@ -24,7 +24,7 @@ class Memory:
     """Bytes on one rank."""
 
     weights: int  # in the compute dtype, as far as they stay
-    gradients: int  # fp32
+    gradients: int  # fp32; in the compute dtype where one process has one row a step
     states: int  # master weights and AdamW's two moments
     activations: int  # of one row
     loss: int  # logits of a piece, gradients of hidden states and head
@@ -62,32 +62,39 @@ def predict_memory(cfg: Config, ranks: int = 1) -> Memory:
     if parallel.offload:  # a unit that comes, one that is stepped, and one that goes
         sizes = [unit.shard_numel for unit in units.values()]
         states = 3 * max(sum(sizes[i : i + 3]) for i in range(len(sizes)))
-    block = T * width * _kept_per_token(cfg.model)
-    recomputes = cfg.train.recompute == "full"
+    whole_block = T * width * _kept_per_token(cfg.model, "none")
+    kept = T * width * _kept_per_token(cfg.model, cfg.train.recompute)
+    one_row = not is_flat and cfg.data.rows_per_step == 1
     buffers = width * (whole - sum(blocks) + 2 * max(blocks)) if gathers else 0
     if zero >= 2:
         reduced = 2 if parallel.reduce_dtype == "bfloat16" else _WIDE
         buffers += reduced * sum(numel * count for numel, count in row_buffers(units).items())
     return Memory(
         weights=width * (shard if gathers else whole),
-        gradients=_WIDE * (shard if zero >= 2 else whole),
+        gradients=(width if one_row else _WIDE) * (shard if zero >= 2 else whole),
         states=_WIDE * states,
-        activations=cfg.model.num_hidden_layers * (T * width * cfg.model.hidden_size if recomputes else block),
+        activations=cfg.model.num_hidden_layers * kept,
         loss=_loss_bytes(cfg.model, T, width),
-        block=2 * block if recomputes else block,
+        block=2 * whole_block - kept,
         buffers=buffers,
         gradients_wait=is_flat or cfg.data.rows_per_step > ranks,
     )
 
 
-def _kept_per_token(cfg) -> int:
+def _kept_per_token(cfg, recompute: str) -> int:
     """Elements that a block keeps of a token."""
     D, C = cfg.hidden_size, cfg.head_dim
     q, kv = cfg.num_attention_heads * C, cfg.num_key_value_heads * C
-    attention = 2 * D + (q + 2 * kv) + (q + kv) + q  # input and its norm; projections; after RoPE; attention's output
-    if experts := getattr(cfg, "num_experts_per_tok", 0):
-        return attention + 2 * D + experts * (2 * D + 3 * cfg.moe_intermediate_size)  # a copy for each expert
-    return attention + 2 * D + 3 * cfg.intermediate_size  # input and its norm; gate, up and their product
+    experts = getattr(cfg, "num_experts_per_tok", 0)  # each has a copy of the token
+    copies, F = experts or 1, cfg.moe_intermediate_size if experts else cfg.intermediate_size
+    if recompute == "full":
+        return D
+    if recompute == "block":
+        return D + q
+    products = D + (q + 2 * kv) + q + D + copies * 2 * F + experts * D  # a block's input; results of matrix products
+    if recompute == "cheap":
+        return products
+    return products + 2 * D + (q + kv) + copies * F + experts * D  # norms; after RoPE; SwiGLU's; copies of tokens
 
 
 def _loss_bytes(cfg, T: int, width: int) -> int:

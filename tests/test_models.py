@@ -1,6 +1,7 @@
 """The models against transformers, against themselves under other packings, and against plain loops."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -19,11 +20,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from minitrain.batch import Batch
+from minitrain.config import TrainConfig
 from minitrain.hf import from_pretrained
 from minitrain.loss import cross_entropy
 from minitrain.models import build_model, init_weights, materialize, model_class, qwen3_moe
 from minitrain.models.layers import rope_frequencies
 from minitrain.models.qwen3_moe import MoE, Qwen3MoeConfig, load_balancing_loss
+from minitrain.parallel import parallelize
+from minitrain.parallel.mesh import Mesh
 
 TINY_MOE = {**TINY, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
@@ -476,3 +480,37 @@ def test_compiled_block_equals_eager_without_a_graph_break(backend):
         y_TD.sum().backward()
         results.append({"y": y_TD.detach(), "x": x_TD.grad, **{n: p.grad.clone() for n, p in block.named_parameters()}})
     assert_all_close(results[1], results[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recompute", ["none", "cheap", "block", "full"])
+@pytest.mark.parametrize("type", ["qwen3", "qwen3_moe"])
+def test_on_the_gpu_a_block_is_one_graph_compiled_once_whatever_it_recomputes(type, recompute, monkeypatch):
+    """Dense and MoE in bf16, packed documents of other lengths every step; gradients as of the plain model."""
+    torch._dynamo.reset()
+    whole = functools.partial(torch.compile, fullgraph=True, backend="aot_eager_decomp_partition")
+    monkeypatch.setattr(torch, "compile", whole)
+    model = (
+        tiny(type, head_dim=64, hidden_size=64, moe_intermediate_size=64) if type == "qwen3_moe" else tiny(head_dim=64)
+    )
+    model.to("cuda", torch.bfloat16)
+    steps = []
+    for lengths in ([40, 20, 4], [30, 30, 4], [1, 60, 3]):
+        steps.append(dataclasses.replace(pack([d.cuda() for d in documents(*lengths)]), max_seqlen=64))
+
+    def gradients():
+        grads = []
+        for batch in steps:
+            model.zero_grad()
+            model(batch).float().square().mean().backward()
+            grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        return grads
+
+    plain = gradients()
+    parallelize(model, Mesh(torch.device("cuda")), TrainConfig(recompute=recompute))
+    torch._dynamo.utils.counters.clear()
+    for ours, theirs in zip(gradients(), plain, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=0.1, atol=0.02, msg=lambda m, n=name: f"{n}: {m}")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # of which all blocks make use

@@ -15,7 +15,7 @@ from minitrain.models import build_model, init_weights
 from minitrain.models.llama import LlamaConfig
 from minitrain.models.qwen3 import Qwen3Config
 from minitrain.models.qwen3_moe import Qwen3MoeConfig
-from minitrain.optim import adamw, lr_at, muon, orthogonalize
+from minitrain.optim import adamw, global_norm, lr_at, muon, orthogonalize
 from minitrain.parallel.zero import MasterOptimizer
 from minitrain.train import forward_backward
 
@@ -454,3 +454,68 @@ def test_on_the_gpu_a_bad_gradient_leaves_the_weights_bitwise_as_they_were(make_
         opt.step(0.1)
         assert equal(weights(model), before) == bool(opt.broken)
     assert opt.broken
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_makes_the_steps_of_torchs_adamw(grad_dtype):
+    """More tensors than one launch takes, of sizes around its vectors and chunks; every other one is rounded, too."""
+    sizes = [(1,), (3,), (4,), (4095,), (4096,), (4097,), (77, 129), (3, 4096), (1 << 21,), *[(64,)] * 900]
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(size, device="cuda")) for size in sizes]
+    twins = [nn.Parameter(p.detach().clone()) for p in params]
+    gap = 64  # elements between the rounded ones, which stay as they are
+    flat = torch.full((sum(p.numel() + gap for p in params) + 64 * len(params),), 7.0, device="cuda").bfloat16()
+    start = 0
+    for p in params[::2]:
+        p.rounded = flat[start:][: p.numel()].view(p.shape)
+        start = (start + p.numel() + gap + 63) // 64 * 64
+    cfg = OptimConfig(lr=0.01, weight_decay=0.1)
+    ours, torchs = adamw(cfg)(params), adamw(cfg)(twins)
+    assert ours.rounds
+    torchs.grad_scale = ours.grad_scale = torch.tensor(3.0, device="cuda")
+    torchs.found_inf = ours.found_inf = torch.zeros((), device="cuda")
+    for step in range(5):
+        for p, twin in zip(params, twins, strict=True):
+            p.grad_dtype = None
+            p.grad = (torch.randn_like(p) * 10.0 ** (step - 3)).to(grad_dtype)
+            twin.grad = p.grad.float()
+        ours.step()
+        torch.optim.AdamW.step(torchs)
+        for p, twin in zip(params, twins, strict=True):
+            torch.testing.assert_close(p, twin, rtol=2e-6, atol=2e-7)
+            for name, atol in (("exp_avg", 1e-9), ("exp_avg_sq", 0), ("step", 0)):
+                torch.testing.assert_close(ours.state[p][name], torchs.state[twin][name], rtol=1e-5, atol=atol)
+    written = torch.zeros_like(flat, dtype=torch.bool)
+    for p in params[::2]:
+        assert p.rounded.equal(p.bfloat16())
+        written[p.rounded.storage_offset() :][: p.numel()] = True
+    assert (flat[~written] == 7).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [[1], [7, 8, 9, 16383, 16384, 16385], [3, 5] * 2000, [1 << 22]], ids=len)
+def test_the_global_norm_on_the_gpu_is_exact_and_the_same_bits_every_time(sizes):
+    for dtypes in ([torch.float32], [torch.bfloat16], [torch.bfloat16, torch.float32]):
+        tensors = [torch.randn(n, device="cuda").to(dtypes[i % len(dtypes)]) for i, n in enumerate(sizes)]
+        norm = global_norm(tensors)
+        exact = torch.cat([x.double() for x in tensors]).norm()
+        torch.testing.assert_close(norm.double(), exact, rtol=1e-6, atol=0)
+        assert norm.equal(global_norm(tensors))
+    tensors[-1][-1] = torch.nan
+    assert global_norm(tensors).isnan()
+
+
+@pytest.mark.gpu
+def test_a_step_of_one_row_makes_no_fp32_gradients_and_no_second_pass_over_the_weights():
+    model = nn.Linear(4096, 4096, bias=False).to("cuda", torch.bfloat16)
+    opt = MasterOptimizer(model, adamw(OptimConfig()))
+    for _ in range(2):  # the first makes the state
+        give_gradients(model)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        opt.clip_grad_norm(1.0)
+        opt.step(0.01)
+        torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before < 1 << 20
+    assert model.weight.equal(opt.masters["weight"].bfloat16())

@@ -1,6 +1,7 @@
 """The loop: what a step means, what stops it, and what can be put into it."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -90,11 +91,12 @@ def test_a_batch_without_targets_gives_loss_0_and_no_nan(corpus, tmp_path):
         assert row["loss"] == row["grad_norm"] == row["trained_tokens"] == 0
 
 
+@pytest.mark.parametrize("recompute", ["cheap", "block", "full"])
 @pytest.mark.parametrize("cfg", [Qwen3Config(**TINY), MOE], ids=["qwen3", "moe"])
-def test_recompute_gives_the_same_gradients(cfg):
+def test_recompute_gives_the_same_gradients(cfg, recompute):
     model, batch = random_model(cfg), random_batch([40, 24])
     expected_loss, expected = gradients(model, [batch], 1 / batch.num_targets)
-    parallelize(model, CPU, TrainConfig(recompute="full"))
+    parallelize(model, CPU, TrainConfig(recompute=recompute))
     runs = []
     model.layers["1"].mlp.register_forward_pre_hook(lambda *_: runs.append("mlp"))
     model.norm.register_forward_pre_hook(lambda *_: runs.append("norm"))
@@ -102,6 +104,37 @@ def test_recompute_gives_the_same_gradients(cfg):
     assert runs == ["mlp", "norm", "mlp"]  # blocks run again in backward, what is outside them does not
     assert torch.equal(loss, expected_loss)
     assert all(torch.equal(grads[name], expected[name]) for name in expected)
+
+
+def test_each_recompute_keeps_less_and_computes_again_what_it_says(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition"))
+    model = random_model(Qwen3Config(**TINY))
+    batch = random_batch([32, 32])  # of equal lengths, whose attention is one call: the block is one graph
+    kept, again = {}, {}
+    for recompute in ("none", "cheap", "block", "full"):
+        torch._dynamo.reset()
+        parallelize(model, CPU, TrainConfig(recompute=recompute, compile="on"))
+        storages = {}
+
+        def keep(x, storages=storages):
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            hidden_TD = model(batch)
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept[recompute] = sum(n for place, n in storages.items() if place not in weights)
+        with torch.profiler.profile() as profile:
+            hidden_TD.sum().backward()
+        names = [event.name for event in profile.events()]
+        again[recompute] = (
+            sum(n in ("aten::mm", "aten::addmm") for n in names),
+            sum("scaled_dot_product" in n and not n.endswith("backward") for n in names),
+        )
+    assert kept["none"] > kept["cheap"] > kept["block"] > kept["full"], kept
+    layers, products = 2, 7
+    assert again["none"] == again["cheap"] == (layers * 2 * products, 0), again
+    assert again["block"][0] > again["none"][0] and again["block"][1] == 0 < again["full"][1], again
 
 
 # ---- what stops it

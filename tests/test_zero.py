@@ -169,8 +169,9 @@ def compare(case, parallel, mesh, expected, tolerance):
     norms = [None] * mesh.size
     dist.all_gather_object(norms, results["norms"].tolist())
     assert all(of_rank == norms[0] for of_rank in norms), "the norm differs by a bit"
-    errors = {name: difference(value, expected[f"{case} {name}"]) for name, value in results.items()}
+    errors = {name: difference(value.cpu(), expected[f"{case} {name}"]) for name, value in results.items()}
     for name, (first, piece) in grads.items():
+        piece = piece.cpu()
         of_one = expected.get(f"{case} gradient of {name}", piece.new_zeros(1))
         if of_one.any():
             errors[f"gradient of {name}"] = difference(piece, of_one[first:][: len(piece)], of_one)
@@ -196,7 +197,7 @@ def write_expected(path, cases, device="cpu"):
 
 
 def compare_all(cases, path, device="cpu"):
-    expected = load_file(path, device)
+    expected = load_file(path)
     meshes = {}
     for case, parallel, tolerance in cases:
         cut = 1 if parallel.zero == 0 else parallel.shard_within

@@ -52,6 +52,25 @@ class Qwen3MoeConfig(DecoderConfig):
             )
 
 
+def to_experts(x_TD: Tensor, place_TA: Tensor, order_R: Tensor) -> Tensor:
+    """Copies of tokens in the order of experts (R, D): copy a of token t is row place[t, a], which is copy order[row]."""
+    from minitrain.routed_rows import can_run, spread_rows  # on use only: who reads the models need not read it
+
+    if can_run(x_TD):
+        return spread_rows(x_TD, place_TA)
+    return _GatherRows.apply(x_TD, order_R, place_TA.flatten(), place_TA.shape[1])
+
+
+def from_experts(y_RD: Tensor, place_TA: Tensor, order_R: Tensor, weights_TA: Tensor) -> Tensor:
+    """The weighted sum over each token's copies (T, D)."""
+    from minitrain.routed_rows import can_run, sum_rows
+
+    if can_run(y_RD):
+        return sum_rows(y_RD, place_TA, weights_TA)
+    y_TAD = _GatherRows.apply(y_RD, place_TA.flatten(), order_R, 1).view(*place_TA.shape, -1)
+    return (y_TAD * weights_TA[..., None].to(y_TAD.dtype)).sum(1)
+
+
 class _GatherRows(torch.autograd.Function):
     """x[index // copies], whose backward is a gather and a short sum: no atomics, and the same bits every time."""
 
@@ -65,6 +84,29 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx, d_RD):
         (inverse_R,) = ctx.saved_tensors
         return d_RD[inverse_R].unflatten(0, (-1, ctx.copies)).sum(1), None, None, None
+
+
+def _wide_matmul(x_TD: Tensor, w_ED: Tensor) -> Tensor:
+    """x @ w.T in fp32 (fp64 for fp64)."""
+    if x_TD.is_cuda and x_TD.dtype == torch.bfloat16:
+        return _WideMatmul.apply(x_TD, w_ED)
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    return F.linear(x_TD.to(wide), w_ED.to(wide))
+
+
+class _WideMatmul(torch.autograd.Function):
+    """Of bf16 on tensor cores: products of bf16 are exact in fp32, in which they are summed. Gradients are bf16."""
+
+    @staticmethod
+    def forward(ctx, x_TD, w_ED):
+        ctx.save_for_backward(x_TD, w_ED)
+        return torch.mm(x_TD, w_ED.T, out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, d_TE):
+        x_TD, w_ED = ctx.saved_tensors
+        d_TE = d_TE.to(x_TD.dtype)
+        return d_TE @ w_ED, d_TE.T @ x_TD
 
 
 class _AddLoss(torch.autograd.Function):
@@ -137,24 +179,22 @@ class MoE(nn.Module):
 
     def forward(self, x_TD: Tensor, batch: Batch) -> Tensor:
         A, E = self.cfg.num_experts_per_tok, self.cfg.num_experts
-        wide = torch.promote_types(x_TD.dtype, torch.float32)
-        logits_TE = F.linear(x_TD.to(wide), self.gate.weight.to(wide))
+        logits_TE = _wide_matmul(x_TD, self.gate.weight)
         probs_TE = logits_TE.softmax(-1)
         weights_TA, experts_TA = probs_TE.topk(A, -1)
         if self.cfg.norm_topk_prob:
             weights_TA = weights_TA / weights_TA.sum(-1, keepdim=True)
 
         sorted_R, order_R = experts_TA.flatten().sort(stable=True)
-        place_R = order_R.argsort()  # where row r went
+        rows_R = torch.arange(len(order_R), device=x_TD.device)
+        place_TA = torch.empty_like(order_R).scatter_(0, order_R, rows_R).view(-1, A)  # where each copy went
         ends_E = torch.searchsorted(sorted_R, torch.arange(E, device=x_TD.device), right=True)
         counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
         if batch.share:
             self.load.add_(counts_E)
 
-        x_RD = _GatherRows.apply(x_TD, order_R, place_R, A)
-        y_RD = self.experts(x_RD, counts_E)
-        y_TAD = _GatherRows.apply(y_RD, place_R, order_R, 1).unflatten(0, (-1, A))
-        y_TD = (y_TAD * weights_TA[..., None].to(y_TAD.dtype)).sum(1)
+        y_RD = self.experts(to_experts(x_TD, place_TA, order_R), counts_E)
+        y_TD = from_experts(y_RD, place_TA, order_R, weights_TA)
         return self._add_router_losses(y_TD, logits_TE, probs_TE, counts_E, batch)
 
     def _add_router_losses(self, y_TD, logits_TE, probs_TE, counts_E, batch):

@@ -6,10 +6,12 @@
     block   all but attention                           the block's input, attention's results
     full    all                                         the block's input
 
-"none" and "cheap" cost no matrix product, "block" and "full" a forward of the block. Chen et al. 2016, arXiv:1604.06174.
+"none" and "cheap" cost no matrix product, "block" and "full" a forward of the block.
+Chen et al. 2016, arXiv:1604.06174.
 """
 
 import functools
+import logging
 from collections.abc import Callable
 
 import torch
@@ -31,6 +33,8 @@ def _name(op) -> str:
     return op.name().split(".")[0] if isinstance(op, torch._ops.OpOverload) else str(op)
 
 
+# It warns of operations in place, of which a block has one, its count of rows, which need not be right to the bit.
+logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 KEEPS = {"cheap": _is_costly, "block": _is_attention}  # operations whose results are kept
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from minitrain.config import ParallelConfig, UserError
+from minitrain.optim import global_norm
 from minitrain.parallel.comm import all_gather, shard_of, sum_equal
 from minitrain.parallel.ddp import Gradients, Unit, make_units
 from minitrain.parallel.gather import GatheredWeights
@@ -111,8 +112,7 @@ class MasterOptimizer:
             self._round(names)
 
     def _grad_norm(self) -> Tensor:
-        grads = self._grads()
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, _wide(grads[0].dtype))))
+        return global_norm(self._grads())
 
     def _grads(self) -> list[Tensor]:
         return [m.grad for m in self.masters.values() if m.grad is not None]
@@ -282,8 +282,7 @@ class ShardedOptimizer(MasterOptimizer):
         sums = self.gradients.sums
         counted = [sums[key] for key, unit in self.units.items() if unit.replica.rank == 0]  # each once in all ranks
         counted = counted or [next(iter(sums.values())).new_zeros(1)]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(counted)))
-        return sum_equal(norm.square(), self.mesh.group("world")).sqrt()
+        return sum_equal(global_norm(counted).square(), self.mesh.group("world")).sqrt()
 
     def _step_masters(self, names: list[str]) -> None:
         keys = list(self.units)

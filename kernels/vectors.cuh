@@ -1,0 +1,28 @@
+// Eight bf16 at a time, as fp32.
+#pragma once
+
+#include <cuda_bf16.h>
+
+namespace minitrain {
+
+constexpr int kEach = 8;  // elements of 16 bytes
+
+__device__ inline void load8(float (&to)[kEach], const __nv_bfloat16* from) {
+    const uint4 bits = *reinterpret_cast<const uint4*>(from);
+    const __nv_bfloat162* pairs = reinterpret_cast<const __nv_bfloat162*>(&bits);
+#pragma unroll
+    for (int i = 0; i < kEach / 2; ++i) {
+        const float2 pair = __bfloat1622float2(pairs[i]);
+        to[2 * i] = pair.x, to[2 * i + 1] = pair.y;
+    }
+}
+
+__device__ inline void store8(__nv_bfloat16* to, const float (&from)[kEach]) {
+    uint4 bits;
+    __nv_bfloat162* pairs = reinterpret_cast<__nv_bfloat162*>(&bits);
+#pragma unroll
+    for (int i = 0; i < kEach / 2; ++i) pairs[i] = __floats2bfloat162_rn(from[2 * i], from[2 * i + 1]);
+    *reinterpret_cast<uint4*>(to) = bits;
+}
+
+}  // namespace minitrain
