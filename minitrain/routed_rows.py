@@ -26,7 +26,7 @@ def spread_rows(x_TD: Tensor, place_TA: Tensor) -> Tensor:
 
 @torch.library.custom_op("minitrain::sum_rows", mutates_args=(), device_types="cuda")
 def sum_rows(x_RD: Tensor, place_TA: Tensor, weights_TA: Tensor | None) -> Tensor:
-    """-> (T, D), of each token the sum of its rows, in fp32. Differentiable where it has factors, weights (T, A) fp32."""
+    """-> (T, D), of each token the sum of its rows, in fp32; differentiable with factors, weights (T, A) fp32."""
     x_RD, place_TA = x_RD.contiguous(), place_TA.contiguous()
     weights_TA = None if weights_TA is None else weights_TA.contiguous()
     out_TD = x_RD.new_empty(len(place_TA), x_RD.shape[1])

@@ -14,8 +14,9 @@ ROOT = Path(__file__).parents[1] / "minitrain"
 # The two columns of floor 3 do not know each other: models, losses and optimizers are plain, parallel/ wraps them.
 FLOORS = [
     {"config", "kernels"},
-    {"fused_attention", "parallel.comm", "parallel.layout", "signals", "storage"},
-    {"shards", "batch", "attention", "norm_rotate", "parallel.mesh", "pieces"},
+    {"extension", "parallel.comm", "parallel.layout", "parallel.recompute", "signals", "storage"},
+    {"fused_attention", "norm_rotate", "routed_rows", "shards", "batch", "parallel.mesh", "pieces"},
+    {"attention"},
     {
         "left": {"models", "models.layers", "models.llama", "models.qwen3", "models.qwen3_moe",
                  "loss", "optim", "data", "chat", "metrics"},
@@ -27,7 +28,7 @@ FLOORS = [
     {"train"},
     {"__main__"},
 ]  # fmt: skip
-COLUMNS = 3  # the floor of two columns
+COLUMNS = 4  # the floor of two columns
 LEFT, RIGHT = FLOORS[COLUMNS].values()
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in (LEFT | RIGHT if i == COLUMNS else floor)}
 

@@ -484,7 +484,7 @@ def test_the_kernel_makes_the_steps_of_torchs_adamw(grad_dtype):
         torch.optim.AdamW.step(torchs)
         for p, twin in zip(params, twins, strict=True):
             torch.testing.assert_close(p, twin, rtol=2e-6, atol=2e-7)
-            for name, atol in (("exp_avg", 1e-9), ("exp_avg_sq", 0), ("step", 0)):
+            for name, atol in (("exp_avg", 1e-7), ("exp_avg_sq", 0), ("step", 0)):
                 torch.testing.assert_close(ours.state[p][name], torchs.state[twin][name], rtol=1e-5, atol=atol)
     written = torch.zeros_like(flat, dtype=torch.bool)
     for p in params[::2]:

@@ -53,7 +53,7 @@ class Qwen3MoeConfig(DecoderConfig):
 
 
 def to_experts(x_TD: Tensor, place_TA: Tensor, order_R: Tensor) -> Tensor:
-    """Copies of tokens in the order of experts (R, D); copy a of token t is row place[t, a], and order is its inverse."""
+    """Copies of tokens in the order of experts (R, D): copy a of token t is row place[t, a]; order is the inverse."""
     from minitrain.routed_rows import can_run, spread_rows  # on use only: who reads the models need not read it
 
     if can_run(x_TD):
