@@ -6,11 +6,12 @@
     attention   attention of any backend                            7 FLOPs a (query, key) pair and channel
     GEMMs       other matrix products                               6 FLOPs a token and parameter, recomputation's 2
     pointwise   anything else                                       passes over activations: _pointwise_elements
-    idle        no kernel runs, or a collective alone               0
+    idle        no kernel, or a collective alone                    none
 
 FLOPs take the time that they take in a large matrix product, bytes that of a large copy, both measured in the same run.
-A pair, as in minitrain/metrics.py, is one without the causal mask, which halves it: 4 / 2 forward and 10 / 2 backward,
-where the scores are made again.
+A pair, as in minitrain/metrics.py, is one without the causal mask, which halves it: 4 / 2 FLOPs forward, and 10 / 2
+backward, where the scores are made again. Names of kernels do not matter, and a loss of your own counts as what its
+operations are. Profiling slows the host down: where that is what the device waits for, idle is too long.
 """
 
 import re
@@ -102,13 +103,12 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, size: int = 8192)
     def seconds(call):
         return Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=0.5).median
 
-    return Ceilings(
-        2 * size**3 / seconds(lambda: torch.mm(a, b, out=product)), 2 * x.nbytes / seconds(lambda: y.copy_(x))
-    )
+    product_s, copy_s = seconds(lambda: torch.mm(a, b, out=product)), seconds(lambda: y.copy_(x))
+    return Ceilings(2 * size**3 / product_s, 2 * x.nbytes / copy_s)
 
 
 def floors(cfg: Config, pairs: float, ceilings: Ceilings, element_bytes: int) -> dict[str, float]:
-    """ms a step of each part, on one GPU. pairs: of a step, sums of squared document lengths."""
+    """ms a step of each part but idle, on one GPU. pairs: of a step, sums of squared document lengths."""
     model = build_model(cfg.model)
     flops, tokens = Flops.of(model), cfg.data.rows_per_step * cfg.data.tokens_per_row
     forwards = 2 if cfg.train.recompute != "none" else 1
@@ -119,7 +119,6 @@ def floors(cfg: Config, pairs: float, ceilings: Ceilings, element_bytes: int) ->
         "attention": ((9 if cfg.train.recompute == "full" else 7) * flops.attention * pairs, 0),
         "GEMMs": (flops.hardware(tokens, 0, cfg.train.recompute) - head, 0),
         "pointwise": (0, _pointwise_elements(model, forwards) * tokens * element_bytes),
-        "idle": (0, 0),
     }
     return {part: 1e3 * (n / ceilings.flops + size / ceilings.bytes) for part, (n, size) in work.items()}
 
@@ -127,26 +126,27 @@ def floors(cfg: Config, pairs: float, ceilings: Ceilings, element_bytes: int) ->
 def _optimizer_bytes(cfg, element_bytes) -> int:
     """AdamW on one parameter: gradient read for the norm and for the step; master and moments; the rounded weight.
 
-    A gradient is as wide as the weight, fp32 if rows add up in it.
+    Gradients of further rows are read and added to those before, in fp32.
     """
-    gradient = element_bytes if cfg.data.rows_per_step == 1 else 4
-    return 2 * gradient + 2 * 3 * 4 + (element_bytes if element_bytes < 4 else 0)
+    further = cfg.data.rows_per_step - 1
+    gradient = 4 if further else element_bytes
+    rounded = element_bytes if element_bytes < 4 else 0
+    return further * (element_bytes + 2 * 4) + 2 * gradient + 3 * 2 * 4 + rounded
 
 
 def _pointwise_elements(model: nn.Module, forwards: int) -> int:
-    """Elements of activations that have to be read and written for a token, if between two matrix products or
-    attention there is one pass. Recomputation runs the forward's twice.
+    """Elements of activations that a token needs read and written, if there is one pass between what the other parts do.
 
-                          forward                                 backward
-        norm, and the     x, y; both written               4 D    d_out, x, d_x; written            4 D
-          addition before it
-        norm of heads     q and k; written           2 (q + k)    theirs; their gradients, written  3 (q + k)
-          and rotation      (rotation alone: 2 backward)
-        SwiGLU            gate, up; product               3 F     its gradient, gate, up; theirs    5 F
-        experts           a token's rows  (A + 1) D, 3 A F        their gradients   (A + 1) D, 5 A F
-          and their sum                   (A + 1) D                                 (2 A + 1) D
+                    forward, read -> written                backward
+        norm        x, y -> x + y, its norm     4 D         d_out, d_sum, x + y -> d_x      4 D
+        heads       q, k -> normed, turned      2 (q + k)   theirs; q, k -> theirs          3 (q + k), without norm 2
+        SwiGLU      gate, up -> product         3 F         its; gate, up -> theirs         5 F
+        experts     x -> A copies               (A + 1) D   theirs -> d_x                   (A + 1) D
+                    SwiGLU of each              3 A F       as above                        5 A F
+                    A results -> their sum      (A + 1) D   its; A results -> theirs        (2 A + 1) D
 
-    Left out: the router (T, E), gradients of norms' weights, the residual stream's ends but for embedding and norm.
+    Two norms a block, one more and the embedding around them. Recomputation runs the forward of blocks again. Left out
+    is what is small: the router's (T, E), gradients of norms' weights.
     """
     cfg = model.config
     D, heads = cfg.hidden_size, (cfg.num_attention_heads + cfg.num_key_value_heads) * cfg.head_dim
