@@ -135,7 +135,7 @@ def _optimizer_bytes(cfg, element_bytes) -> int:
 
 
 def _pointwise_elements(model: nn.Module, forwards: int) -> int:
-    """Elements of activations that a token needs read and written, if there is one pass between what the other parts do.
+    """Elements of activations that a token needs read and written, if one pass lies between what other parts do.
 
                     forward, read -> written                backward
         norm        x, y -> x + y, its norm     4 D         d_out, d_sum, x + y -> d_x      4 D
