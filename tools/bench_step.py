@@ -1,14 +1,19 @@
 """Speed and memory of the training step itself: random weights, made-up tokens, everything of a step inside the time.
 
     python tools/bench_step.py --config configs/qwen3_0.6b.toml [--documents 4096 | 64:8192] [--section.key value ...]
+    python tools/bench_step.py --config configs/qwen3_30b_a3b.toml --model.num_hidden_layers 6 [--balanced]
     torchrun --nproc-per-node 4 tools/bench_step.py --config configs/qwen3_8b.toml --parallel.zero 3
 
 --documents: every document of this length (default: data.max_seqlen), or lengths drawn log-uniformly from a range.
+--balanced: all experts of a layer get as many rows, whatever the router chose (its own load is what the meter shows).
+--profile FILE.json: keep the trace, for chrome://tracing or ui.perfetto.dev.
+
 It runs minitrain's own train() and reads its metrics; the first third of the steps is warm-up. It takes 30 steps of
 one row a rank unless told otherwise. Prints one row of a table, with the figures that minitrain/metrics.py defines and
 the peak that minitrain/plan.py predicts.
-On several GPUs it profiles two more steps, and prints a row for each kind of collective: bytes that a rank's links
-carry (as nccl-tests counts them), the bandwidth that this makes, and in how much of the time other kernels ran, too.
+On GPUs it profiles two more steps, and prints what they spend their time on; on one GPU beside the floor of each part
+(step_parts.py), on several with a row for each kind of collective: bytes that a rank's links carry (as nccl-tests
+counts them), the bandwidth that this makes, and in how much of the time other kernels ran, too.
 """
 
 import argparse
@@ -23,10 +28,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from step_parts import floors, measure_ceilings, part_rows, part_times
 
 import minitrain as mt
 from minitrain.config import Config, UserError, exit_with, load_config, take_config
 from minitrain.hf import default_config
+from minitrain.models import build_model
+from minitrain.models.qwen3_moe import Experts
+from minitrain.parallel import compute_dtype
 from minitrain.parallel.mesh import Mesh, init_mesh, leave
 from minitrain.plan import predict_memory
 
@@ -61,31 +70,56 @@ def made_up_rows(cfg: Config, documents: str, mesh: Mesh) -> Iterator[list[mt.Ba
         yield [batch(row) for row in rows[step * per_step :][:per_step]]
 
 
-def bench(cfg: Config, documents: str, mesh: Mesh) -> tuple[dict, list[dict]]:
-    """-> medians over the later two thirds of a run's steps, and what communication() makes of two steps after it."""
-    is_profiled = mesh.size > 1 and mesh.device.type == "cuda"
-    cfg.train.steps += _PROFILED + 1 if is_profiled else 0  # the first of them lets the profiler start
-    profiler = torch.profiler.profile() if is_profiled else None
-    trace = Path(cfg.run_dir) / "trace.json"
+def bench(cfg: Config, documents: str, mesh: Mesh, balanced: bool, trace: Path) -> tuple[dict, list[dict], float]:
+    """-> medians over the later two thirds of a run's steps; of two steps after it the events, which are also written
+    to `trace`, and the (query, key) pairs of one of them. Rank 0 alone has them.
+    """
+    cfg.train.steps += _PROFILED + 1  # the first of them lets the profiler start
+    profiler = torch.profiler.profile()
+    synchronize = torch.get_device_module(mesh.device).synchronize
+    pairs = []  # of each step
+
+    def data():
+        for batches in made_up_rows(cfg, documents, mesh):
+            pairs.append(sum(batch.num_pairs for batch in batches))
+            yield batches
 
     def on_step(step, model, extras):
         left = cfg.train.steps - step
         if left == _PROFILED:
-            torch.cuda.synchronize()
+            synchronize()
             profiler.start()
         elif left == 0:
-            torch.cuda.synchronize()
+            synchronize()
             profiler.stop()
-            profiler.export_chrome_trace(str(trace))
 
-    mt.train(cfg, data=made_up_rows(cfg, documents, mesh), on_step=on_step if is_profiled else None)
+    model = build_model(cfg.model)
+    if balanced:
+        balance(model)
+    mt.train(cfg, model=model, data=data(), on_step=on_step)
     if mesh.rank > 0:
-        return {}, []
+        return {}, [], 0
+    profiler.export_chrome_trace(str(trace))
     rows = [json.loads(line) for line in (Path(cfg.run_dir) / "metrics.jsonl").read_text().splitlines()]
-    rows = rows[len(rows) // 3 : -_PROFILED - 1 if is_profiled else None]
+    rows = rows[len(rows) // 3 : -_PROFILED - 1]
     numbers = [key for key in rows[-1] if isinstance(rows[-1][key], int | float)]
-    events = json.loads(trace.read_text())["traceEvents"] if is_profiled else []
-    return {key: statistics.median(row[key] for row in rows) for key in numbers}, communication(events, _PROFILED)
+    medians = {key: statistics.median(row[key] for row in rows) for key in numbers}
+    return medians, json.loads(trace.read_text())["traceEvents"], sum(pairs[-_PROFILED:]) / _PROFILED
+
+
+def balance(model: torch.nn.Module) -> None:
+    """Give each expert as many rows as the others, those that lie in its place; the router does all its work still."""
+    experts = [module for module in model.modules() if isinstance(module, Experts)]
+    if not experts:
+        raise UserError(f"--balanced: {type(model).__name__} has no experts")
+    for module in experts:
+        module.register_forward_pre_hook(_with_even_counts)
+
+
+def _with_even_counts(_module, args):
+    x_RD, counts_E = args
+    ends_E = torch.arange(len(counts_E) + 1, device=counts_E.device) * len(x_RD) // len(counts_E)
+    return x_RD, ends_E.diff()
 
 
 def communication(events: list[dict], steps: int) -> list[dict]:
@@ -137,6 +171,8 @@ def main() -> None:
     path, flags = take_config(sys.argv[1:])
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--documents", help="length, or shortest:longest")
+    parser.add_argument("--balanced", action="store_true")
+    parser.add_argument("--profile", metavar="FILE.json")
     options, flags = parser.parse_known_args(flags)
     with tempfile.TemporaryDirectory() as folder:
         ranks = int(os.environ.get("WORLD_SIZE", 1))
@@ -146,14 +182,18 @@ def main() -> None:
         documents = options.documents or str(cfg.data.max_seqlen)
         if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", documents):
             raise UserError(f"--documents {documents}: give a length, or two as 64:8192")
+        trace = Path(options.profile or f"{folder}/trace.json")
+        if trace.suffix != ".json" or not trace.parent.is_dir():
+            raise UserError(f"--profile {trace}: give a file whose name ends in .json, in a folder that is there")
         mesh = init_mesh(cfg.train.device, cfg.parallel, cfg.model)
-        result, collectives = bench(cfg, documents, mesh)
+        result, events, pairs = bench(cfg, documents, mesh, options.balanced, trace)
     if mesh.rank > 0:
         return
     where = torch.cuda.get_device_name() if mesh.device.type == "cuda" else "CPU"
     where += f" x {mesh.size}, zero {cfg.parallel.zero}" if mesh.size > 1 else ""
     predicted = predict_memory(cfg, mesh.size)
-    print(f"\n{where}, torch {torch.__version__}, {cfg.model.type}, documents {documents}")
+    what = f"{cfg.model.type}, documents {documents}" + (", balanced" if options.balanced else "")
+    print(f"\n{where}, torch {torch.__version__}, {what}")
     columns = {
         "tokens a step": f"{cfg.data.rows_per_step} x {cfg.data.tokens_per_row:,}",
         "tokens/s a GPU": f"{result['tokens_per_s'] / mesh.size:,.0f}",
@@ -168,8 +208,20 @@ def main() -> None:
     }
     _print_table([columns])
     print(f"\npredicted GiB: {predicted.table()}")
-    if collectives:
+    if times := part_times(events, _PROFILED):
+        _print_parts(times, cfg, mesh, pairs)
+    if collectives := communication(events, _PROFILED):
         _print_table(collectives)
+
+
+def _print_parts(times, cfg, mesh, pairs):
+    least = {}
+    if mesh.size == 1:
+        dtype = compute_dtype(mesh, cfg.train)
+        ceilings = measure_ceilings(mesh.device, dtype)
+        least = floors(cfg, pairs, ceilings, dtype.itemsize)
+        print(f"\nceilings: matrix product {ceilings.flops / 1e12:,.0f} TFLOP/s, copy {ceilings.bytes / 1e9:,.0f} GB/s")
+    _print_table(part_rows(times, least))
 
 
 def _print_table(rows: list[dict[str, str]]) -> None:
