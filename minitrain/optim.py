@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minitrain.config import OptimConfig
-from minitrain.extension import address, kernels, stream_of
+from minitrain.multi_tensor import adamw_, can_step
 
 
 def adamw(cfg: OptimConfig) -> Callable[[list[nn.Parameter]], "AdamW"]:
@@ -41,9 +41,7 @@ class AdamW(torch.optim.AdamW):
     @property
     def rounds(self) -> bool:
         """Whether it does that."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        is_bf16 = all(p.rounded.dtype == torch.bfloat16 for p in params if hasattr(p, "rounded"))
-        return kernels is not None and is_bf16 and all(p.is_cuda and p.dtype == torch.float32 for p in params)
+        return can_step([p for group in self.param_groups for p in group["params"] if p.grad is not None])
 
     @torch.no_grad()
     def step(self) -> None:
@@ -58,51 +56,18 @@ class AdamW(torch.optim.AdamW):
     def _step_group(self, group, params):
         """grad_scale, found_inf: 0-d fp32 on the device, as torch's fused optimizers take them."""
         device = params[0].device
-        scale, broken = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        scale = torch.ones((), device=device) if scale is None else scale
-        broken = torch.zeros((), device=device) if broken is None else broken
         for p in params:
             if not self.state[p]:
                 step = torch.zeros((), device=device)
                 self.state[p].update(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-        steps = [self.state[p]["step"] for p in params]
-        torch._foreach_add_(steps, [1 - broken] * len(steps))  # one tensor for all would be read on the host
-        grads = [_dense(p.grad) for p in params]
-        kernels.adamw(
-            [self._addresses(p, grad) for p, grad in zip(params, grads, strict=True)],
-            lr=group["lr"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            grad_scale=scale.data_ptr(),
-            broken=broken.data_ptr(),
-            device=device.index,
-            stream=stream_of(device),
-        )
-
-    def _addresses(self, p, grad):
-        state = self.state[p]
-        tensors = p, state["exp_avg"], state["exp_avg_sq"], grad, getattr(p, "rounded", None), state["step"]
-        return *map(address, tensors), p.numel(), grad.dtype == torch.bfloat16
-
-
-def global_norm(tensors: list[Tensor]) -> Tensor:
-    """Euclidean norm of all elements, 0-d in fp32 (fp64 for fp64); no tensors: not allowed."""
-    first = tensors[0]
-    if kernels is None or any(not x.is_cuda or x.dtype not in (torch.float32, torch.bfloat16) for x in tensors):
-        norms = torch._foreach_norm(tensors, 2, torch.promote_types(first.dtype, torch.float32))
-        return torch.linalg.vector_norm(torch.stack(norms))
-    tensors = [_dense(x) for x in tensors]
-    gradients = [kernels.Gradient(x.data_ptr(), x.numel(), x.dtype == torch.bfloat16) for x in tensors]
-    parts = torch.empty(kernels.num_square_parts(gradients), device=first.device)
-    kernels.squares(gradients, parts.data_ptr(), first.device.index, stream_of(first.device))
-    return parts.sum().sqrt()
-
-
-def _dense(x: Tensor) -> Tensor:
-    """x, or a copy where its elements do not lie in a row that begins at a border of 16 bytes."""
-    return x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+        scale, broken = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        scale = torch.ones((), device=device) if scale is None else scale
+        broken = torch.zeros((), device=device) if broken is None else broken
+        states = [self.state[p] for p in params]
+        options = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+        steps = [1 - broken] * len(params)  # one tensor for all would be read on the host
+        torch._foreach_add_([state["step"] for state in states], steps)
+        adamw_(params, states, grad_scale=scale, broken=broken, **options)
 
 
 def muon(cfg: OptimConfig, vocab_size: int) -> Callable[[list[nn.Parameter]], "Muon"]:

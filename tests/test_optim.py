@@ -15,7 +15,8 @@ from minitrain.models import build_model, init_weights
 from minitrain.models.llama import LlamaConfig
 from minitrain.models.qwen3 import Qwen3Config
 from minitrain.models.qwen3_moe import Qwen3MoeConfig
-from minitrain.optim import adamw, global_norm, lr_at, muon, orthogonalize
+from minitrain.multi_tensor import global_norm
+from minitrain.optim import adamw, lr_at, muon, orthogonalize
 from minitrain.parallel.zero import MasterOptimizer
 from minitrain.train import forward_backward
 

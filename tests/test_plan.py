@@ -15,10 +15,13 @@ from minitrain.parallel.zero import shard_optimizer
 from minitrain.plan import predict_memory
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-MEASURED = [  # GiB at peak on one GPU: benchmarks/2026-11-23-one-gpu.md
-    (49.8, "qwen3_0.6b", []),
+MEASURED = [  # GiB at peak on one GPU: benchmarks/2026-11-25-one-gpu.md
+    (49.7, "qwen3_0.6b", []),
+    (35.7, "qwen3_0.6b", ["--train.recompute=cheap"]),
+    (16.4, "qwen3_0.6b", ["--train.recompute=block"]),
     (12.9, "qwen3_0.6b", ["--train.recompute=full"]),
-    (73.8, "qwen3_30b_a3b", ["--model.num_hidden_layers=6"]),
+    (67.2, "qwen3_30b_a3b", ["--model.num_hidden_layers=6"]),
+    (65.2, "qwen3_30b_a3b", ["--model.num_hidden_layers=6", "--train.recompute=cheap"]),
 ]
 
 

@@ -28,7 +28,7 @@ from minitrain.models import build_model
 
 _OPERATIONS = {  # of a part, by what the profiler calls them; the first part counts that has one around a launch
     "loss": r"_LinearCrossEntropy",
-    "optimizer": r"^Optimizer\.step|AccumulateGrad|^aten::(_foreach_|linalg_vector_norm)",
+    "optimizer": r"^Optimizer\.step|AccumulateGrad|^minitrain::global_norm|^aten::_foreach_",
     "attention": r"(::|^triton_tem_).*(attention|attn|flash)",
     "GEMMs": r"^aten::(mm|addmm|bmm|baddbmm|_grouped_mm)$",
 }

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from minitrain.config import ParallelConfig, UserError
-from minitrain.optim import global_norm
+from minitrain.multi_tensor import global_norm
 from minitrain.parallel.comm import all_gather, shard_of, sum_equal
 from minitrain.parallel.ddp import Gradients, Unit, make_units
 from minitrain.parallel.gather import GatheredWeights

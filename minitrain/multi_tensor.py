@@ -1,0 +1,68 @@
+"""Lists of tensors in one kernel: AdamW's step, and the norm of a whole gradient."""
+
+import torch
+from torch import Tensor
+
+from minitrain.extension import address, kernels, stream_of
+
+
+def can_step(params: list[Tensor]) -> bool:
+    """Whether adamw_ takes these: fp32 on a CUDA device, their `rounded` bf16, and the extension is built."""
+    is_bf16 = all(p.rounded.dtype == torch.bfloat16 for p in params if hasattr(p, "rounded"))
+    return kernels is not None and is_bf16 and all(p.is_cuda and p.dtype == torch.float32 for p in params)
+
+
+def adamw_(
+    params: list[Tensor],
+    states: list[dict[str, Tensor]],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    grad_scale: Tensor,
+    broken: Tensor,
+) -> None:
+    """One step of AdamW in place, the host does not wait; their `rounded`, where they have one, gets the new values.
+
+    states: exp_avg and exp_avg_sq like the parameter, and step, 0-d: of this step, from 1 on; all fp32. Gradients are
+    bf16 or fp32, and divided by grad_scale. broken not 0: nothing is done. Both 0-d fp32. Sums in fp32.
+    """
+    grads = [_dense(p.grad) for p in params]
+    device = params[0].device
+    kernels.adamw(
+        [_addresses(*of) for of in zip(params, grads, states, strict=True)],
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        eps=eps,
+        weight_decay=weight_decay,
+        grad_scale=grad_scale.data_ptr(),
+        broken=broken.data_ptr(),
+        device=device.index,
+        stream=stream_of(device),
+    )
+
+
+def _addresses(p, grad, state):
+    tensors = p, state["exp_avg"], state["exp_avg_sq"], grad, getattr(p, "rounded", None), state["step"]
+    return *map(address, tensors), p.numel(), grad.dtype == torch.bfloat16
+
+
+@torch.profiler.record_function("minitrain::global_norm")
+def global_norm(tensors: list[Tensor]) -> Tensor:
+    """Euclidean norm of all elements, 0-d in fp32 (fp64 for fp64), the same bits every time. There must be a tensor."""
+    first = tensors[0]
+    if kernels is None or any(not x.is_cuda or x.dtype not in (torch.float32, torch.bfloat16) for x in tensors):
+        norms = torch._foreach_norm(tensors, 2, torch.promote_types(first.dtype, torch.float32))
+        return torch.linalg.vector_norm(torch.stack(norms))
+    tensors = [_dense(x) for x in tensors]
+    gradients = [kernels.Gradient(x.data_ptr(), x.numel(), x.dtype == torch.bfloat16) for x in tensors]
+    parts = torch.empty(kernels.num_square_parts(gradients), device=first.device)
+    kernels.squares(gradients, parts.data_ptr(), first.device.index, stream_of(first.device))
+    return parts.sum().sqrt()
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x, or a copy where its elements do not lie in a row that begins at a border of 16 bytes."""
+    return x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
