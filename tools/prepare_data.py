@@ -3,7 +3,8 @@
     .txt .jsonl .jsonl.gz .jsonl.zst           ->  shard-00000.safetensors  tokens (n,) uint16 or int32
     .parquet .arrow                                ...                      document_offsets (documents + 1,) int64
     (or folders of them, also what datasets'                                trained (n,) bool, of chats only
-    save_to_disk wrote)                            tokenizer.json           report.json comes last: the set is whole
+    save_to_disk wrote)                            tokenizer.json           is_first (documents,) bool, of chats only
+                                                   report.json comes last: the set is whole
 
     python tools/prepare_data.py books/ more.jsonl.gz --out data/books --train-tokenizer 32000
     python tools/prepare_data.py chats.jsonl --chat --out data/chats --tokenizer Qwen/Qwen3-0.6B
@@ -16,7 +17,8 @@ is dropped, CRLF is kept.
 
 With --chat a record is {"messages": [...], "tools": [...]} with the roles system, user, assistant and tool, made text
 by the tokenizer's chat template, or {"prompt": "...", "completion": "..."}. The turns of assistants, or the completion,
-are marked as what is to be learnt (minitrain/chat.py); the template, not --end-with, says what ends a turn.
+are marked as what is to be learnt (minitrain/chat.py); the template, not --end-with, says what ends a turn. Of several
+documents that one conversation becomes, is_first marks the first: training and validation share none.
 
 Skipped, counted, the first of each kind named: an empty document or line, invalid UTF-8 (in JSON also half surrogates),
 broken JSON, a missing field or one that is no text, a duplicate (--dedup), a conversation that is no good. One line and
@@ -272,7 +274,8 @@ class ShardWriter:
         self._clear()
 
     def _clear(self):
-        self.ids, self.trained, self.hashes, self.offsets = bytearray(), bytearray(), bytearray(), array("q", [0])
+        self.ids, self.offsets, self.hashes = bytearray(), array("q", [0]), bytearray()
+        self.trained, self.is_first = bytearray(), bytearray()
 
     def add(self, record: Record, encoded: Encoded) -> None:
         """One record: its documents, or the problem for which it is skipped."""
@@ -294,6 +297,7 @@ class ShardWriter:
             self.ids += ids
             self.offsets.append(len(self.ids) // self.encoder.dtype.itemsize)
         self.trained += b"".join(encoded.trained)
+        self.is_first += b"\1" + b"\0" * (len(encoded.documents) - 1)
         self.hashes += encoded.hash if p.job["dedup"] else b""
         num_tokens = self.offsets[-1] - before
         p.documents_kept, p.documents_written = p.documents_kept + 1, p.documents_written + len(encoded.documents)
@@ -311,6 +315,7 @@ class ShardWriter:
         tensors = {"tokens": torch.frombuffer(self.ids, dtype=encoder.dtype), "document_offsets": offsets}
         if self.trained:
             tensors["trained"] = torch.frombuffer(self.trained, dtype=torch.bool)
+            tensors["is_first"] = torch.frombuffer(self.is_first, dtype=torch.bool)
         if self.hashes:  # for a run that goes on from here
             tensors["hashes"] = torch.frombuffer(self.hashes, dtype=torch.uint8).view(-1, 16)
         metadata = {"tokenizer_sha256": encoder.sha256, "vocab_size": str(encoder.size)}
