@@ -129,8 +129,8 @@ class Encoder:
             pairs = [(before + after, [False] * len(before) + [True] * len(after))]
         if not all(any(trained[1:]) for _, trained in pairs):  # the first token of a document is no target
             raise Skip("an assistant turn without tokens")
-        documents, trained = zip(*((self._pack(ids), bytes(trained)) for ids, trained in pairs), strict=True)
-        return Encoded(list(documents), list(trained), num_bytes)
+        documents = [self._pack(ids) for ids, _ in pairs]
+        return Encoded(documents, [bytes(trained) for _, trained in pairs], num_bytes)
 
     def _pack(self, ids: list[int]) -> bytes:
         return struct.pack(f"{len(ids)}{'H' if self.dtype == torch.uint16 else 'i'}", *ids)  # faster than array()
