@@ -168,11 +168,12 @@ def test_a_killed_worker_is_said(tmp_path, monkeypatch):
         prepare([source], tmp_path / "out", **OPTIONS | {"workers": 2})
 
 
-def test_workers_leave_the_tokenizers_threads_of_their_caller_as_they_were(tmp_path, monkeypatch):
+def test_workers_do_without_the_tokenizers_threads_and_leave_those_of_their_caller(tmp_path, monkeypatch, capfd):
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    prepare([source], tmp_path / "threads", **OPTIONS)  # now the library warns of forks
     prepare([source], tmp_path / "unset", **OPTIONS | {"workers": 2})
-    assert "TOKENIZERS_PARALLELISM" not in os.environ
+    assert "TOKENIZERS_PARALLELISM" not in os.environ and capfd.readouterr().err == ""
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     prepare([source], tmp_path / "set", **OPTIONS | {"workers": 2})
     assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
