@@ -54,7 +54,7 @@ class DataConfig:
     rows_per_step: int = 1
     """Rows in one optimizer step, of all ranks; more than one on a rank accumulate their gradients."""
     held_out: int = 0
-    """Documents of each source that are not trained but validated on."""
+    """Documents of each source, or conversations, that are not trained but validated on."""
     seed: int = 0
     """Seed of the order of documents."""
 

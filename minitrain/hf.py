@@ -18,12 +18,22 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from minitrain.chat import find_template
 from minitrain.config import UserError
 from minitrain.models import MODELS, build_model, materialize, model_class
 from minitrain.models.layers import DecoderConfig
 from minitrain.parallel.gather import read_whole
 from minitrain.parallel.mesh import is_first
-from minitrain.storage import Later, NewFolder, open_safetensors, read_json, send_pieces, write_json, write_safetensors
+from minitrain.storage import (
+    Later,
+    NewFolder,
+    open_safetensors,
+    read_json,
+    send_pieces,
+    write_json,
+    write_safetensors,
+    write_text,
+)
 
 CARRIED = (  # files of a model's folder that go along with its weights, where they exist
     "tokenizer.json",
@@ -259,6 +269,7 @@ def save_pretrained(
     tokenizer: str | Path | None = None,
     overwrite: bool = False,
     read: Callable[[str, int | None], Tensor] | None = None,
+    chat_template: str | None = None,
 ) -> None:
     """Write a folder that transformers' AutoModelForCausalLM loads, weights bit for bit; host memory: one tensor.
 
@@ -267,6 +278,7 @@ def save_pretrained(
     The folder appears whole or not at all. UserError if it exists; overwrite replaces it if it holds a model.
     read: (parameter's name, number of an expert if it is a stack) -> values, of a model on meta whose values are
     elsewhere. After training on several ranks all of them call this, and rank 0 writes.
+    chat_template: jinja2, in the place of the tokenizer's.
     """
     params = dict(model.named_parameters())
     read = read or (lambda name, e: _part(read_whole(params[name]), e))
@@ -300,6 +312,8 @@ def save_pretrained(
             for name in CARRIED:
                 if (source / name).exists():
                     shutil.copyfile(source / name, tmp / name)
+        if chat_template is not None:
+            write_text(tmp / "chat_template.jinja", chat_template)  # comes before one in tokenizer_config.json
         if not (tmp / "generation_config.json").exists():
             ids = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None}
             write_json(tmp / "generation_config.json", ids)
@@ -336,6 +350,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises a plain Exception
         raise UserError(f"{path}: cannot be read as a tokenizer: {error}") from None
+
+
+def read_chat_template(folder: str | Path) -> str | None:
+    """Of a tokenizer's folder: chat_template.jinja, or what is in tokenizer_config.json."""
+    config, jinja = Path(folder) / "tokenizer_config.json", Path(folder) / "chat_template.jinja"
+    return find_template(read_json(config) if config.exists() else {}, jinja.read_text() if jinja.exists() else None)
 
 
 def end_of_text(folder: Path) -> dict[str, int]:

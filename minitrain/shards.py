@@ -3,6 +3,7 @@
 shard-00000.safetensors   tokens            (n,) uint16 or int32
                           document_offsets  (documents + 1,) int64
                           trained           (n,) bool, only of chats: the tokens that are to be learnt
+                          is_first          (documents,) bool, only of chats: of those of one conversation
 tokenizer.json            report.json       written last: the set is whole
 
 pieces    documents, and parts of those longer than max_seqlen; a table, for training and for validation each
@@ -17,8 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minitrain.config import DataConfig, UserError
-from minitrain.storage import open_safetensors, sha256
+from minitrain.config import DataConfig, SourceConfig, UserError
+from minitrain.hf import read_chat_template
+from minitrain.storage import open_safetensors, read_json, sha256
 
 log = logging.getLogger(__name__)
 _libc = ctypes.CDLL(None)
@@ -30,6 +32,7 @@ class Shard:
     tokens: Tensor  # (n,) uint16 or int32, mapped from the file
     document_offsets: Tensor  # (documents + 1,) int64
     trained: Tensor | None  # (n,) bool, mapped; None: all tokens
+    is_first: Tensor  # (documents,) bool: False goes with the document before it, when some are held out
 
     def __post_init__(self):
         self.token_bytes = _memory(self.tokens)  # slices of it cost a tenth of a tensor's
@@ -84,6 +87,15 @@ def open_sources(cfg: DataConfig, vocab_size: int) -> list[Source]:
     return sources
 
 
+def chat_template(sources: list[SourceConfig]) -> str | None:
+    """Of the first source of conversations that has one: what a model that is trained on them has to be asked by."""
+    for folder in (Path(source.path) for source in sources):
+        report = folder / "report.json"
+        if report.exists() and read_json(report).get("chat") and (template := read_chat_template(folder)) is not None:
+            return template
+    return None
+
+
 def _memory(t: Tensor) -> memoryview:
     """The bytes of a tensor, which has to live as long."""
     return memoryview((ctypes.c_char * t.nbytes).from_address(t.data_ptr())).cast("B") if t.nbytes else memoryview(b"")
@@ -110,14 +122,18 @@ def _open_shards(path: Path, setting: str, vocab_size: int) -> tuple[str, list[S
                 f"model.vocab_size={vocab_size} is smaller than the tokenizer's {metadata['vocab_size']} in {path}"
             )
         trained = reader.get_tensor("trained") if "trained" in names else None
-        shard = Shard(file, reader.get_tensor("tokens"), reader.get_tensor("document_offsets"), trained)
-        borders, n = shard.document_offsets.long(), len(shard.tokens)
+        offsets = reader.get_tensor("document_offsets")
+        is_first = reader.get_tensor("is_first") if "is_first" in names else torch.ones_like(offsets[1:]).bool()
+        shard = Shard(file, reader.get_tensor("tokens"), offsets, trained, is_first)
+        borders, n = offsets.long(), len(shard.tokens)
         if not len(borders) or borders[0] != 0 or borders[-1] != n or (borders.diff() < 0).any():
             raise UserError(f"{file}: damaged: document_offsets do not rise from 0 to its {n} tokens")
         if shards and shard.tokens.dtype != shards[0].tokens.dtype:
             raise UserError(f"{file}: its tokens are {shard.tokens.dtype}, those of {shards[0].path} are not")
         if trained is not None and (trained.dtype != torch.bool or trained.shape != shard.tokens.shape):
             raise UserError(f"{file}: damaged: trained is not one truth value for each of its {n} tokens")
+        if is_first.dtype != torch.bool or is_first.shape != offsets[1:].shape:
+            raise UserError(f"{file}: damaged: is_first is not one truth value for each of its documents")
         shards.append(shard)
     if not any(len(shard.tokens) for shard in shards):
         raise UserError(f"{setting}: holds no tokens")
@@ -126,10 +142,12 @@ def _open_shards(path: Path, setting: str, vocab_size: int) -> tuple[str, list[S
 
 def _split(shards: list[Shard], cfg: DataConfig, only_validated: bool, setting: str) -> tuple[Pieces, Pieces]:
     """-> pieces to train on, pieces to validate on."""
-    documents = sum(len(shard.document_offsets) - 1 for shard in shards)
-    is_held_out = torch.full((documents,), only_validated)
+    conversation = torch.cat([shard.is_first for shard in shards]).cumsum(0)  # of each document, from 1; text: itself
+    documents, conversations = len(conversation), int(conversation[-1])
+    is_held_out = torch.full((conversations + 1,), only_validated)
     if not only_validated:  # spread evenly, so that what lies together in the inputs is there
-        is_held_out[torch.arange(cfg.held_out) * documents // max(1, cfg.held_out)] = True
+        is_held_out[1 + torch.arange(cfg.held_out) * conversations // max(1, cfg.held_out)] = True
+    is_held_out = is_held_out[conversation]
     columns, first, num_long = [], 0, 0
     for i, shard in enumerate(shards):
         lengths = shard.document_offsets.diff()

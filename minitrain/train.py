@@ -29,6 +29,7 @@ from minitrain.parallel.comm import sum_equal
 from minitrain.parallel.cp import share_tokens
 from minitrain.parallel.mesh import ALONE, Mesh, init_mesh
 from minitrain.parallel.zero import shard_optimizer
+from minitrain.shards import chat_template
 from minitrain.signals import EXIT_CODE, StopSignals
 from minitrain.validate import validate
 
@@ -91,7 +92,8 @@ def train(
                     raise SystemExit(EXIT_CODE)
     if cfg.checkpoint.export:
         tokenizer = None if cfg.model.pretrained else cfg.data.tokenizer or None  # None: of where it began from
-        save_pretrained(model, Path(cfg.run_dir) / "export", tokenizer, overwrite=True)
+        template = chat_template(cfg.data.all_sources)
+        save_pretrained(model, Path(cfg.run_dir) / "export", tokenizer, overwrite=True, chat_template=template)
     return model
 
 

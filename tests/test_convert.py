@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY, spawn, tiny_run
+from conftest import TINY, spawn, tiny_run, write_corpus
 from test_storage import LiveBytes
 
-from minitrain import Qwen3Config, Qwen3MoeConfig, train
+from minitrain import Qwen3Config, Qwen3MoeConfig, build_model, save_pretrained, train
+from minitrain.config import SourceConfig
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -39,6 +40,22 @@ def test_a_checkpoint_becomes_the_folder_that_its_run_exports(corpus, tmp_path, 
         convert.main([str(newest(cfg)), "--out", str(tmp_path / "out")])
     assert contents(tmp_path / "out") == contents(tmp_path / "run" / "export")
     assert memory.peak <= 2 * 101 * 32 * 4  # the embedding in fp32, and rounded
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_the_template_of_the_conversations_goes_with_the_model(corpus, tmp_path, pretrained):
+    (corpus / "chat_template.jinja").write_text("of the first source, which is text")
+    save_pretrained(build_model(TIED, "cpu"), tmp_path / "base", tokenizer=corpus)
+    chats = write_corpus(tmp_path / "chats", [[1, 2, 3]] * 9)
+    (chats / "report.json").write_text('{"chat": true}')
+    (chats / "tokenizer_config.json").write_text('{"chat_template": "of the conversations"}')
+    model = Qwen3Config(**TINY, tie_word_embeddings=True, pretrained=str(tmp_path / "base") if pretrained else "")
+    sources = [SourceConfig(str(corpus)), SourceConfig(str(chats))]
+    cfg = run("", tmp_path / "run", model, data={"sources": sources})
+    train(cfg)
+    assert (tmp_path / "run" / "export" / "chat_template.jinja").read_text() == "of the conversations"
+    convert.main([str(newest(cfg)), "--out", str(tmp_path / "out")])
+    assert contents(tmp_path / "out") == contents(tmp_path / "run" / "export")
 
 
 def test_convert_takes_another_dtype_and_names_what_is_wrong(corpus, tmp_path, capsys):

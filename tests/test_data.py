@@ -473,9 +473,11 @@ def _metadata(corpus):
     return open_safetensors(corpus / "shard-00000.safetensors").metadata()
 
 
-def rewrite_shard(corpus, tokens, offsets, **metadata):
+def rewrite_shard(corpus, tokens, offsets, is_first=None, **metadata):
     metadata = {**_metadata(corpus), **metadata}
     tensors = {"tokens": torch.tensor(tokens), "document_offsets": torch.tensor(offsets)}
+    if is_first is not None:
+        tensors["is_first"] = torch.tensor(is_first)
     write_safetensors(corpus / "shard-00000.safetensors", tensors, metadata)
 
 
@@ -500,6 +502,7 @@ DAMAGE = {
     "not a token shard": lambda c: write_safetensors(c / "shard-00000.safetensors", {"a": torch.zeros(3)}),
     "document_offsets do not rise from 0 to its 3 tokens": lambda c: rewrite_shard(c, [1, 2, 3], [0, 2, 1, 3]),
     "document_offsets do not rise": lambda c: rewrite_shard(c, [1, 2, 3], [0, 4]),
+    "is_first is not one truth value": lambda c: rewrite_shard(c, [1, 2], [0, 2], [True, True]),
 }  # fmt: skip
 
 

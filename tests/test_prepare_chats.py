@@ -3,6 +3,7 @@
 import errno
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from minitrain.config import UserError
+from minitrain.config import DataConfig, UserError
+from minitrain.shards import open_sources
 from minitrain.storage import open_safetensors
 
 REPO = Path(__file__).parents[1]
@@ -86,10 +88,13 @@ def test_answers_and_completions_are_marked_with_what_ends_them(tmp_path, option
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == PLAIN  # goes on with the model
 
 
+LAST_IN_CAPITALS = PLAIN.replace(
+    "m.content +", "(m.content | upper if loop.last and m.role == 'assistant' else m.content) +"
+)
+
+
 def test_a_conversation_may_become_several_documents(tmp_path, options):
-    """The template shows the last turn in capitals."""
-    text = PLAIN.replace("m.content +", "(m.content | upper if loop.last and m.role == 'assistant' else m.content) +")
-    options["chat_template"].write_text(text)
+    options["chat_template"].write_text(LAST_IN_CAPITALS)
     report = prepare([write_jsonl(tmp_path / "chats.jsonl", GOOD[2:])], tmp_path / "out", **options)
     assert marked(tmp_path / "out") == [
         "system: brief<|endoftext|>\nuser: a<|endoftext|>\nassistant: [B<|endoftext|>]\n",
@@ -97,6 +102,25 @@ def test_a_conversation_may_become_several_documents(tmp_path, options):
         "assistant: [D<|endoftext|>]\n",
     ]
     assert (report["documents_kept"], report["documents_written"]) == (1, 2)
+
+
+@pytest.mark.parametrize("held_out", [1, 5, 12])
+def test_a_conversation_is_held_out_with_all_its_documents(tmp_path, options, held_out):
+    options["chat_template"].write_text(LAST_IN_CAPITALS)
+    chats = [
+        {"messages": [{"role": role, "content": f"chat{i}."} for role in ("user", "assistant") * (1 + i % 3)]}
+        for i in range(13)
+    ]
+    prepare([write_jsonl(tmp_path / "chats.jsonl", chats)], tmp_path / "out", shard_tokens=300, **options)
+    (source,) = open_sources(DataConfig(str(tmp_path / "out"), held_out=held_out), 300)
+    assert len(source.trained.shards) > 2
+    tokenizer, sides = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json")), []
+    for pieces in (source.trained, source.held_out):
+        columns = pieces.shard.tolist(), pieces.start.tolist(), pieces.length.tolist()
+        ids = [pieces.shards[i].tokens[start : start + n].tolist() for i, start, n in zip(*columns, strict=True)]
+        sides.append([re.search(r"chat\d+", tokenizer.decode(document))[0] for document in ids])
+    assert len(set(sides[1])) == held_out and not set(sides[0]) & set(sides[1])
+    assert sorted(sides[0] + sides[1]) == sorted(f"chat{i}" for i in range(13) for _ in range(1 + i % 3))
 
 
 def test_bad_conversations_are_skipped_counted_and_the_first_is_named(tmp_path, options, capsys):

@@ -3,9 +3,12 @@
 import gzip
 import importlib
 import json
+import multiprocessing
 import os
+import select
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -126,6 +129,54 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(tmp_path, monkeypatch,
     for timing in ("seconds", "MB/s"):
         del report[timing], expected[timing]
     assert report == expected
+
+
+def die(batch):
+    os._exit(1)
+
+
+def encode_slowly(batch):
+    time.sleep(0.02)
+    return prepare_data._encoder.encode(batch)
+
+
+def test_a_killed_run_takes_its_workers_along_and_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data, "BATCH_BYTES", 300)
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS * 5)
+    prepare([source], tmp_path / "whole", shard_tokens=300, **OPTIONS)
+    options = {"tokenizer": tmp_path / "whole", "shard_tokens": 300, "workers": 2}
+    monkeypatch.setattr(prepare_data, "_encode", encode_slowly)
+    fork = multiprocessing.get_context("fork")
+    end, held_by_all = os.pipe()
+    run = fork.Process(target=prepare, args=([source], tmp_path / "out"), kwargs=options)
+    run.start()
+    os.close(held_by_all)
+    while not (tmp_path / "out" / "shard-00001.safetensors").exists():
+        time.sleep(0.01)
+    run.kill()
+    assert select.select([end], [], [], 10)[0] and os.read(end, 1) == b""  # nobody is left to write
+    os.close(end)
+    assert not (tmp_path / "out" / "report.json").exists()
+    prepare([source], tmp_path / "out", **options)
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+
+
+def test_a_killed_worker_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data, "_encode", die)
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    with pytest.raises(UserError, match="a worker process was killed, perhaps for its memory"):
+        prepare([source], tmp_path / "out", **OPTIONS | {"workers": 2})
+
+
+def test_workers_do_without_the_tokenizers_threads_and_leave_those_of_their_caller(tmp_path, monkeypatch, capfd):
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    prepare([source], tmp_path / "threads", **OPTIONS)  # now the library warns of forks
+    prepare([source], tmp_path / "unset", **OPTIONS | {"workers": 2})
+    assert "TOKENIZERS_PARALLELISM" not in os.environ and capfd.readouterr().err == ""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    prepare([source], tmp_path / "set", **OPTIONS | {"workers": 2})
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
 
 
 def test_whole_shards_of_a_stopped_run_are_not_written_again(tmp_path, monkeypatch):

@@ -6,13 +6,14 @@
 load: rows of a mixture of the folders, made and taken as train() takes them. Without a folder, of made-up ones on local
 disk, not in memory at first: 100 million tokens each, in documents of log-normal lengths, means 100, 500 and 2,000.
 prepare: tools/prepare_data.py on a file, and what tokenizers' encode_batch_fast alone takes for the same texts in
-memory on as many threads, in turn; the ratio is of the fastest of each. With one worker by CPU time, which other work
-on the machine changes little; with more by the clock, and with the seconds in which the workers start.
+memory on as many threads, in turn; the ratio is of the fastest of each, by the clock, and by CPU time of all processes,
+which other work on the machine changes less.
 """
 
 import argparse
 import json
 import os
+import resource
 import tempfile
 import time
 from pathlib import Path
@@ -71,21 +72,31 @@ def compare(text: Path, tokenizer: str, workers: int, repeats: int) -> None:
     bare.encode_special_tokens = True
     texts = [json.loads(line)["text"] for line in text.read_text().splitlines()]
     megabytes = sum(len(t.encode()) for t in texts) / 1e6
-    best = {"tokenizers alone": 0.0, "prepare_data.py": 0.0}
-    clock = time.process_time if workers == 1 else time.perf_counter
-    for _ in range(repeats):
-        start = clock()
+
+    def alone():
         for i in range(0, len(texts), 1000):
             bare.encode_batch_fast(texts[i : i + 1000], add_special_tokens=False)
-        alone = megabytes / (clock() - start)
+
+    def whole():
         with tempfile.TemporaryDirectory() as folder:
-            start = clock()
             prepare([text], Path(folder) / "out", tokenizer=tokenizer, workers=workers)
-            whole = megabytes / (clock() - start)
-        best = {name: max(old, new) for (name, old), new in zip(best.items(), (alone, whole), strict=True)}
-        print(f"tokenizers alone {alone:.2f} MB/s, prepare_data.py {whole:.2f} MB/s", flush=True)
-    alone, whole = best.values()
-    print(f"{megabytes:.1f} MB, {workers} workers: {whole:.2f} of {alone:.2f} MB/s, ratio {whole / alone:.2f}")
+
+    jobs, least = {"tokenizers alone": alone, "prepare_data.py": whole}, {}
+    for _ in range(repeats):
+        for name, job in jobs.items():
+            before = seconds()
+            job()
+            took = [after - start for start, after in zip(before, seconds(), strict=True)]
+            print(f"{name}: {megabytes / took[0]:.2f} MB/s, {took[1]:.1f} s of CPU time", flush=True)
+            least[name] = [min(pair) for pair in zip(took, least.get(name, took), strict=True)]
+    clock, cpu = (old / new for old, new in zip(*least.values(), strict=True))
+    print(f"{megabytes:.1f} MB, {workers} workers: ratio {clock:.2f} by the clock, {cpu:.2f} by CPU time")
+
+
+def seconds() -> tuple[float, float]:
+    """Of the clock, and of the CPU for this process and those that it had."""
+    usage = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return time.perf_counter(), sum(u.ru_utime + u.ru_stime for u in usage)
 
 
 def main() -> None:

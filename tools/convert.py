@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minitrain.config import UserError, exit_with
+from minitrain.config import DataConfig, SourceConfig, UserError, exit_with
 from minitrain.hf import save_pretrained
 from minitrain.models import build_model, model_class
 from minitrain.pieces import Saved
+from minitrain.shards import chat_template
 
 
 def convert(
@@ -29,8 +30,8 @@ def convert(
     config = saved.manifest["config"]
     model = build_model(model_class(config["model"]["type"]).config_class(**config["model"]))
     model.to(getattr(torch, dtype or saved.manifest["dtype"]))
-    data = config["data"]
-    own = config["model"]["pretrained"] or (data["sources"][0]["path"] if data["sources"] else data["path"])
+    data = DataConfig(**config["data"] | {"sources": [SourceConfig(**source) for source in config["data"]["sources"]]})
+    own = config["model"]["pretrained"] or data.tokenizer
     here = {f"model.{name}": p.shape for name, p in model.named_parameters()}
     there = {name: shape for name, (_, shape) in saved.tensors.items() if name.startswith("model.")}
     if wrong := [name for name in sorted(here | there) if here.get(name) != there.get(name)]:
@@ -41,7 +42,8 @@ def convert(
         first, shape = (0, shape) if expert is None else (expert * shape[1:].numel(), shape[1:])
         return saved.read(f"model.{name}", first, first + shape.numel()).view(shape).to(next(model.parameters()).dtype)
 
-    save_pretrained(model, out, tokenizer or own or None, overwrite, read)
+    template = None if tokenizer else chat_template(data.all_sources)
+    save_pretrained(model, out, tokenizer or own or None, overwrite, read, template)
 
 
 def main(args: list[str] | None = None) -> None:

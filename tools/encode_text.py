@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-from array import array
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from read_text import Record, Skip, row_of, text_of, utf8_bytes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -33,7 +34,7 @@ class Recipe:
 class Encoded:
     """One record: its documents, or the problem for which it is skipped."""
 
-    documents: list[array]  # token ids
+    documents: list[bytes]  # token ids, as they lie in a shard
     trained: list[bytes]  # of chats, for each document: a byte for each token, 1 where it is to be learnt
     num_bytes: int = 0  # of UTF-8 that became tokens
     problem: str = ""
@@ -41,7 +42,7 @@ class Encoded:
     @property
     def hash(self) -> bytes:
         """Equal for equal documents, 16 bytes."""
-        return hashlib.blake2b(b"".join([*map(bytes, self.documents), *self.trained]), digest_size=16).digest()
+        return hashlib.blake2b(b"".join([*self.documents, *self.trained]), digest_size=16).digest()
 
 
 class Encoder:
@@ -56,7 +57,7 @@ class Encoder:
         self.tokenizer.no_padding()
         ids = self.tokenizer.get_vocab()
         self.size = max(ids.values()) + 1
-        self.typecode = "H" if self.size <= 1 << 16 else "i"  # uint16 or int32
+        self.dtype = torch.uint16 if self.size <= 1 << 16 else torch.int32
         config = json.loads(files.get("tokenizer_config.json", b"{}"))
         eos = chat.special_tokens(config).get("eos_token")
         if eos and eos not in ids:
@@ -70,9 +71,6 @@ class Encoder:
         jinja = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else None
         source = chat.find_template(config, jinja) if recipe.chat else None
         self.template = source and ChatTemplate(source, chat.special_tokens(config))
-
-    def __reduce__(self):  # the library pickles a tokenizer without its settings
-        return Encoder, (self.files, self.recipe)
 
     def encode(self, records: list[Record]) -> list[Encoded]:
         """UserError, with the record, for a chat template that is no good."""
@@ -94,7 +92,7 @@ class Encoder:
             if e.problem:
                 continue
             if tokens := next(ids).ids:
-                e.documents.append(array(self.typecode, [*self.begin, *tokens, *self.end]))
+                e.documents.append(self._pack([*self.begin, *tokens, *self.end]))
             else:
                 e.num_bytes, e.problem = 0, "empty"
         return encoded
@@ -131,8 +129,11 @@ class Encoder:
             pairs = [(before + after, [False] * len(before) + [True] * len(after))]
         if not all(any(trained[1:]) for _, trained in pairs):  # the first token of a document is no target
             raise Skip("an assistant turn without tokens")
-        ids = [array(self.typecode, ids) for ids, _ in pairs]
-        return Encoded(ids, [bytes(trained) for _, trained in pairs], num_bytes)
+        documents = [self._pack(ids) for ids, _ in pairs]
+        return Encoded(documents, [bytes(trained) for _, trained in pairs], num_bytes)
+
+    def _pack(self, ids: list[int]) -> bytes:
+        return struct.pack(f"{len(ids)}{'H' if self.dtype == torch.uint16 else 'i'}", *ids)  # faster than array()
 
 
 def load_encoder(source: str | Path, recipe: Recipe, chat_template: str | Path | None = None) -> Encoder:

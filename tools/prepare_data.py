@@ -3,7 +3,8 @@
     .txt .jsonl .jsonl.gz .jsonl.zst           ->  shard-00000.safetensors  tokens (n,) uint16 or int32
     .parquet .arrow                                ...                      document_offsets (documents + 1,) int64
     (or folders of them, also what datasets'                                trained (n,) bool, of chats only
-    save_to_disk wrote)                            tokenizer.json           report.json comes last: the set is whole
+    save_to_disk wrote)                            tokenizer.json           is_first (documents,) bool, of chats only
+                                                   report.json comes last: the set is whole
 
     python tools/prepare_data.py books/ more.jsonl.gz --out data/books --train-tokenizer 32000
     python tools/prepare_data.py chats.jsonl --chat --out data/chats --tokenizer Qwen/Qwen3-0.6B
@@ -16,7 +17,8 @@ is dropped, CRLF is kept.
 
 With --chat a record is {"messages": [...], "tools": [...]} with the roles system, user, assistant and tool, made text
 by the tokenizer's chat template, or {"prompt": "...", "completion": "..."}. The turns of assistants, or the completion,
-are marked as what is to be learnt (minitrain/chat.py); the template, not --end-with, says what ends a turn.
+are marked as what is to be learnt (minitrain/chat.py); the template, not --end-with, says what ends a turn. Of several
+documents that one conversation becomes, is_first marks the first: training and validation share none.
 
 Skipped, counted, the first of each kind named: an empty document or line, invalid UTF-8 (in JSON also half surrogates),
 broken JSON, a missing field or one that is no text, a duplicate (--dedup), a conversation that is no good. One line and
@@ -41,7 +43,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from multiprocessing.connection import wait
@@ -193,11 +195,10 @@ def encode_batches(batches: Iterator[list[Record]], workers: int, encoder: Encod
     if workers == 1:
         yield from ((batch, encoder.encode(batch)) for batch in batches)
         return
-    context = multiprocessing.get_context("forkserver")  # the threads of a tokenizer do not survive a plain fork
-    context.set_forkserver_preload([__name__])  # imports torch once, not once a worker
+    context = multiprocessing.get_context("fork")  # a new process would import torch, which takes seconds
     waiting = deque()
     try:
-        with ProcessPoolExecutor(workers, context, _start_worker, (encoder,)) as pool:
+        with _one_thread_each(), ProcessPoolExecutor(workers, context, _start_worker, (encoder,)) as pool:
             for batch in batches:
                 waiting.append((batch, pool.submit(_encode, batch)))
                 if len(waiting) == 2 * workers:
@@ -209,9 +210,21 @@ def encode_batches(batches: Iterator[list[Record]], workers: int, encoder: Encod
         raise UserError("a worker process was killed, perhaps for its memory: use fewer --workers") from None
 
 
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Of workers: a tokenizer's threads are not there after a fork, and would be too many."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        del os.environ["TOKENIZERS_PARALLELISM"]
+        if before is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
 def _start_worker(encoder):
     global _encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or each worker starts a thread a core
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     Thread(target=_die_with_parent, daemon=True).start()
     _encoder = encoder
@@ -261,8 +274,8 @@ class ShardWriter:
         self._clear()
 
     def _clear(self):
-        self.ids, self.offsets = array(self.encoder.typecode), array("q", [0])
-        self.trained, self.hashes = bytearray(), bytearray()
+        self.ids, self.offsets, self.hashes = bytearray(), array("q", [0]), bytearray()
+        self.trained, self.is_first = bytearray(), bytearray()
 
     def add(self, record: Record, encoded: Encoded) -> None:
         """One record: its documents, or the problem for which it is skipped."""
@@ -279,16 +292,18 @@ class ShardWriter:
                 tqdm.write(f"skipped, {problem}: {record} (the first; report.json counts them)", file=sys.stderr)
             p.skipped[problem] = p.skipped.get(problem, 0) + 1
             return
+        before = self.offsets[-1]
         for ids in encoded.documents:
-            self.ids.extend(ids)
-            self.offsets.append(len(self.ids))
+            self.ids += ids
+            self.offsets.append(len(self.ids) // self.encoder.dtype.itemsize)
         self.trained += b"".join(encoded.trained)
+        self.is_first += b"\1" + b"\0" * (len(encoded.documents) - 1)
         self.hashes += encoded.hash if p.job["dedup"] else b""
-        num_tokens = sum(map(len, encoded.documents))
+        num_tokens = self.offsets[-1] - before
         p.documents_kept, p.documents_written = p.documents_kept + 1, p.documents_written + len(encoded.documents)
         p.tokens, p.bytes = p.tokens + num_tokens, p.bytes + encoded.num_bytes
         p.trained_tokens += sum(map(sum, encoded.trained)) if encoded.trained else num_tokens
-        if len(self.ids) >= p.job["shard_tokens"]:
+        if self.offsets[-1] >= p.job["shard_tokens"]:
             self.flush()
 
     def flush(self) -> None:
@@ -296,10 +311,11 @@ class ShardWriter:
         p, encoder = self.progress, self.encoder
         if not p.shards:
             self._begin()
-        tokens = torch.frombuffer(self.ids, dtype=torch.uint16 if self.ids.typecode == "H" else torch.int32)
-        tensors = {"tokens": tokens, "document_offsets": torch.frombuffer(self.offsets, dtype=torch.int64)}
+        offsets = torch.frombuffer(self.offsets, dtype=torch.int64)
+        tensors = {"tokens": torch.frombuffer(self.ids, dtype=encoder.dtype), "document_offsets": offsets}
         if self.trained:
             tensors["trained"] = torch.frombuffer(self.trained, dtype=torch.bool)
+            tensors["is_first"] = torch.frombuffer(self.is_first, dtype=torch.bool)
         if self.hashes:  # for a run that goes on from here
             tensors["hashes"] = torch.frombuffer(self.hashes, dtype=torch.uint8).view(-1, 16)
         metadata = {"tokenizer_sha256": encoder.sha256, "vocab_size": str(encoder.size)}
