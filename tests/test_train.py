@@ -8,7 +8,17 @@ import torch
 from conftest import TINY, read_metrics, tiny_run
 from torch import nn
 
-from minitrain import Batch, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, build_model, save_pretrained, train
+from minitrain import (
+    Batch,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    build_model,
+    norm_rotate,
+    routed_rows,
+    save_pretrained,
+    train,
+)
 from minitrain.batch import IGNORE
 from minitrain.config import TrainConfig, UserError
 from minitrain.loss import cross_entropy
@@ -345,6 +355,36 @@ def test_a_row_makes_one_plan_of_attention_for_all_layers_and_passes(monkeypatch
         made.clear()
         forward_backward(model, [random_batch(lengths).to("cuda")], cross_entropy, scale=1 / 318)
         assert len(made) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recompute", ["none", "cheap"])
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+def test_on_the_gpu_loss_and_gradients_are_as_near_to_exact_ones_as_plain_bf16s(monkeypatch, kind, recompute):
+    """Distance of each gradient from the one in float64: at most 1.2 times that of the plain functions in bf16."""
+    sizes = TINY | {"head_dim": 64, "hidden_size": 256, "intermediate_size": 512}
+    moe = {"moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 4}  # all: rounding flips no choice
+    model = random_model(Qwen3Config(**sizes) if kind == "qwen3" else Qwen3MoeConfig(**sizes, **moe)).bfloat16()
+    torch.manual_seed(0)
+    batch = random_batch([300, 1, 77, 400])
+
+    def of(device, dtype, **settings):
+        copy = build_model(model.config, "cpu")
+        copy.load_state_dict(model.state_dict())
+        copy = parallelize(copy.to(device, dtype), Mesh(torch.device(device)), TrainConfig(**settings))
+        loss, grads = gradients(copy, [batch.to(device)], 1 / batch.num_targets)
+        return {"loss": loss.double().cpu(), **{name: grad.double().cpu() for name, grad in grads.items()}}
+
+    exact = of("cpu", torch.float64)
+    fast = of("cuda", torch.bfloat16, recompute=recompute)
+    for module in (norm_rotate, routed_rows):
+        monkeypatch.setattr(module, "can_run", lambda *_: False)
+    plain = of("cuda", torch.bfloat16, attention="reference", compile="off")
+    for name, value in exact.items():
+        ours, theirs = ((results[name] - value).norm() for results in (fast, plain))
+        assert ours <= 1.2 * theirs + 1e-4 * value.norm(), (
+            f"{name}: {ours / value.norm()}, plain {theirs / value.norm()}"
+        )
 
 
 @pytest.fixture
