@@ -1,5 +1,5 @@
-// AdamW over many tensors. Bound: memory, per element 12 bytes read and 12 written of param, mean and square, 2 or 4
-// read of the gradient, 2 written of the rounded weight.
+// AdamW over many tensors. Bound: memory, per element 12 bytes read and 12 written of param, mean and square (8 and 8
+// where these are bf16), 2 or 4 read of the gradient, 2 written of the rounded weight.
 
 #include "adamw.h"
 
@@ -23,11 +23,25 @@ struct Numbers {
 };
 static_assert(sizeof(List) + sizeof(Numbers) <= kMaxArguments);
 
+// 64 random bits: SplitMix64 (Steele, Lea & Flood 2014, doi:10.1145/2660193.2660195).
+__device__ uint64_t mix(uint64_t x) {
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9;
+    x = (x ^ x >> 27) * 0x94D049BB133111EB;
+    return x ^ x >> 31;
+}
+
+// Up or down to bf16, the nearer the likelier. random: 16 bits.
+__device__ __nv_bfloat16 round_randomly(float x, unsigned random) {
+    if (!isfinite(x)) return __float2bfloat16_rn(x);
+    return __ushort_as_bfloat16(static_cast<unsigned short>((__float_as_uint(x) + random) >> 16));
+}
+
 struct Rates {  // of a tensor in this step
     float grad_scale, step_size, inverse_root;
 };
 
-__device__ void update(const Numbers& numbers, const Rates& rates, float grad, float& param, float& mean, float& square) {
+__device__ void update(const Numbers& numbers, const Rates& rates, float grad, float& param, float& mean,
+                       float& square) {
     grad *= rates.grad_scale;
     mean = fmaf(1.0f - numbers.beta1, grad - mean, mean);
     square = fmaf(numbers.beta2, square, (1.0f - numbers.beta2) * grad * grad);
@@ -35,13 +49,22 @@ __device__ void update(const Numbers& numbers, const Rates& rates, float grad, f
     param = fmaf(-rates.step_size, mean / root, param * numbers.decay);
 }
 
-__device__ float load_grad(const AdamWTensor& t, int64_t i) {
-    return t.grad_is_bf16 ? float(static_cast<const __nv_bfloat16*>(t.grad)[i]) : static_cast<const float*>(t.grad)[i];
+__device__ float load(const void* from, int64_t i, bool is_bf16) {
+    return is_bf16 ? float(static_cast<const __nv_bfloat16*>(from)[i]) : static_cast<const float*>(from)[i];
 }
 
-__device__ float4 load_grads(const AdamWTensor& t, int64_t i) {
-    if (!t.grad_is_bf16) return __ldcs(reinterpret_cast<const float4*>(static_cast<const float*>(t.grad) + i));
-    const uint2 bits = __ldcs(reinterpret_cast<const uint2*>(static_cast<const __nv_bfloat16*>(t.grad) + i));
+template <bool kIsBf16>
+__device__ void store_moment(void* to, int64_t i, float x, uint64_t random) {
+    if constexpr (kIsBf16) {
+        static_cast<__nv_bfloat16*>(to)[i] = round_randomly(x, random & 0xFFFF);
+    } else {
+        static_cast<float*>(to)[i] = x;
+    }
+}
+
+__device__ float4 load4(const void* from, int64_t i, bool is_bf16) {
+    if (!is_bf16) return __ldcs(reinterpret_cast<const float4*>(static_cast<const float*>(from) + i));
+    const uint2 bits = __ldcs(reinterpret_cast<const uint2*>(static_cast<const __nv_bfloat16*>(from) + i));
     const float2 low = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(bits.x));
     const float2 high = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(bits.y));
     return {low.x, low.y, high.x, high.y};
@@ -53,6 +76,21 @@ __device__ void store_rounded(void* rounded, int64_t i, float4 x) {
                                                                            reinterpret_cast<const unsigned&>(high)};
 }
 
+// random: 64 bits, of which bf16 takes all.
+template <bool kIsBf16>
+__device__ void store_moments(void* to, int64_t i, float4 x, uint64_t random) {
+    if constexpr (kIsBf16) {
+        const auto bits = [random](float x, int k) {
+            return static_cast<unsigned>(__bfloat16_as_ushort(round_randomly(x, random >> 16 * k & 0xFFFF)));
+        };
+        const uint2 packed = {bits(x.x, 0) | bits(x.y, 1) << 16, bits(x.z, 2) | bits(x.w, 3) << 16};
+        __stcs(reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(to) + i), packed);
+    } else {
+        __stcs(reinterpret_cast<float4*>(static_cast<float*>(to) + i), x);
+    }
+}
+
+template <bool kIsBf16>  // the moments
 __global__ void __launch_bounds__(kThreads)
     adamw_kernel(const __grid_constant__ List list, const __grid_constant__ Numbers numbers) {
     if (*numbers.broken != 0.0f) return;
@@ -62,6 +100,8 @@ __global__ void __launch_bounds__(kThreads)
     // 1 - beta^step, exact to fp32 also where beta^step is near 1.
     const float correction1 = -expm1f(step * numbers.log_beta1), correction2 = -expm1f(step * numbers.log_beta2);
     const Rates rates = {1.0f / *numbers.grad_scale, numbers.lr / correction1, rsqrtf(correction2)};
+    // Of random bits: another in each step and tensor.
+    const uint64_t seed = mix((uint64_t(step) << 32) + list.first + (&t - list.tensors)) << 1;
     const int64_t start = int64_t(cta) * kChunk;
     const int64_t whole = t.numel / kEach * kEach;  // in vectors; under kEach elements are left
 
@@ -70,10 +110,10 @@ __global__ void __launch_bounds__(kThreads)
     for (int k = 0; k < kLoads; ++k) {
         const int64_t i = start + (k * kThreads + threadIdx.x) * kEach;
         if (i >= whole) continue;
-        grad[k] = load_grads(t, i);
-        param[k] = __ldcs(reinterpret_cast<const float4*>(t.param + i));
-        mean[k] = __ldcs(reinterpret_cast<const float4*>(t.mean + i));
-        square[k] = __ldcs(reinterpret_cast<const float4*>(t.square + i));
+        grad[k] = load4(t.grad, i, t.grad_is_bf16);
+        param[k] = load4(t.param, i, false);
+        mean[k] = load4(t.mean, i, kIsBf16);
+        square[k] = load4(t.square, i, kIsBf16);
     }
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
@@ -84,13 +124,16 @@ __global__ void __launch_bounds__(kThreads)
         update(numbers, rates, grad[k].z, param[k].z, mean[k].z, square[k].z);
         update(numbers, rates, grad[k].w, param[k].w, mean[k].w, square[k].w);
         __stcs(reinterpret_cast<float4*>(t.param + i), param[k]);
-        __stcs(reinterpret_cast<float4*>(t.mean + i), mean[k]);
-        __stcs(reinterpret_cast<float4*>(t.square + i), square[k]);
+        store_moments<kIsBf16>(t.mean, i, mean[k], mix(2 * i + seed));
+        store_moments<kIsBf16>(t.square, i, square[k], mix(2 * i + 1 + seed));
         if (t.rounded) store_rounded(t.rounded, i, param[k]);
     }
     const int64_t i = whole + threadIdx.x;
     if (whole < start + kChunk && i < t.numel) {  // in the last CTA of a tensor, or one past it where vectors fill them
-        update(numbers, rates, load_grad(t, i), t.param[i], t.mean[i], t.square[i]);
+        float mean = load(t.mean, i, kIsBf16), square = load(t.square, i, kIsBf16);
+        update(numbers, rates, load(t.grad, i, t.grad_is_bf16), t.param[i], mean, square);
+        store_moment<kIsBf16>(t.mean, i, mean, mix(2 * i + seed));
+        store_moment<kIsBf16>(t.square, i, square, mix(2 * i + 1 + seed));
         if (t.rounded) static_cast<__nv_bfloat16*>(t.rounded)[i] = __float2bfloat16_rn(t.param[i]);
     }
 }
@@ -110,7 +153,8 @@ void adamw(const std::vector<AdamWTensor>& tensors, const AdamWSettings& setting
                              settings.grad_scale,
                              settings.broken};
     for_each_list(tensors, kChunk, [&](const List& list, unsigned ctas) {
-        adamw_kernel<<<ctas, kThreads, 0, stream>>>(list, numbers);
+        (settings.moments_are_bf16 ? adamw_kernel<true> : adamw_kernel<false>)<<<ctas, kThreads, 0, stream>>>(list,
+                                                                                                              numbers);
         check(cudaGetLastError(), "adamw", {{"tensors", list.count}, {"ctas", ctas}});
     });
 }

@@ -10,10 +10,11 @@ namespace minitrain {
 
 // One tensor of `numel` elements, everything contiguous, at addresses that 16 divides (bf16: 8).
 struct AdamWTensor {
-    float *param, *mean, *square;  // mean, square: running ones of the gradient and of its square
-    const void* grad;              // bf16 or fp32
-    void* rounded;                 // bf16, gets the new param; null: nothing to write
-    const float* step;             // on the device: this step's number, from 1 on
+    float* param;
+    void *mean, *square;  // running ones of the gradient and of its square, fp32 or bf16
+    const void* grad;     // bf16 or fp32
+    void* rounded;        // bf16, gets the new param; null: nothing to write
+    const float* step;    // on the device: this step's number, from 1 on
     int64_t numel;
     bool grad_is_bf16;
 };
@@ -23,10 +24,11 @@ struct AdamWSettings {
     double beta1, beta2;
     const float* grad_scale;  // on the device: gradients are divided by it
     const float* broken;      // on the device: not 0 leaves everything as it is
+    bool moments_are_bf16;    // mean and square are rounded at random, up or down, so that their expectation is exact
 };
 
-// Arithmetic in fp32, the same bits in every run. Launches on `stream` and returns; throws std::runtime_error on a CUDA
-// error.
+// Arithmetic in fp32, the same bits in every run (of one list: random bits come from a tensor's place in it). Launches
+// on `stream` and returns; throws std::runtime_error on a CUDA error.
 void adamw(const std::vector<AdamWTensor>& tensors, const AdamWSettings& settings, int device, cudaStream_t stream);
 
 }  // namespace minitrain

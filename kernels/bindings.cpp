@@ -155,18 +155,25 @@ PYBIND11_MODULE(kernels, m) {
     m.def(
         "adamw",
         [](const std::vector<AdamWTensor>& given, float lr, double beta1, double beta2, float eps, float weight_decay,
-           uintptr_t grad_scale, uintptr_t broken, int device, uintptr_t stream) {
+           uintptr_t grad_scale, uintptr_t broken, bool moments_are_bf16, int device, uintptr_t stream) {
             std::vector<minitrain::AdamWTensor> tensors;
             for (const auto& [param, mean, square, grad, rounded, step, numel, is_bf16] : given) {
-                tensors.push_back({pointer<float>(param), pointer<float>(mean), pointer<float>(square),
+                tensors.push_back({pointer<float>(param), pointer<void>(mean), pointer<void>(square),
                                    pointer<void>(grad), pointer<void>(rounded), pointer<float>(step), numel, is_bf16});
             }
-            minitrain::adamw(tensors,
-                             {lr, eps, weight_decay, beta1, beta2, pointer<float>(grad_scale), pointer<float>(broken)},
-                             device, stream_of(stream));
+            const minitrain::AdamWSettings settings = {lr,
+                                                       eps,
+                                                       weight_decay,
+                                                       beta1,
+                                                       beta2,
+                                                       pointer<float>(grad_scale),
+                                                       pointer<float>(broken),
+                                                       moments_are_bf16};
+            minitrain::adamw(tensors, settings, device, stream_of(stream));
         },
         py::arg("tensors"), py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
-        py::arg("weight_decay"), py::arg("grad_scale"), py::arg("broken"), py::arg("device"), py::arg("stream"));
+        py::arg("weight_decay"), py::arg("grad_scale"), py::arg("broken"), py::arg("moments_are_bf16"),
+        py::arg("device"), py::arg("stream"));
 
     // kernels/squares.h.
     using minitrain::Gradient;

@@ -1,5 +1,5 @@
-// Copies of tokens to the order of experts and back. Bound: memory; every row of the R is read or written once, those of
-// the T come from L2 after their first use.
+// Copies of tokens to the order of experts and back. Bound: memory; every row of the R is read or written once, those
+// of the T come from L2 after their first use.
 
 #include "routed_rows.h"
 

@@ -1,7 +1,7 @@
-// One kernel over many tensors, which lie in its own arguments: no copy to the device, and as many launches as they need.
+// One kernel over many tensors, which lie in its own arguments: no copy to the device, as many launches as they need.
 //
-//   tensors   |  0        | 1 |  2                  |        A CTA has a chunk of one tensor, and finds which by bisecting
-//   CTAs       0  1  2  3   4   5  6  7  8  9  10  11        the tensors' first CTAs.
+//   tensors   |  0        | 1 |  2                  |      A CTA has a chunk of one tensor, and finds which by
+//   CTAs       0  1  2  3   4   5  6  7  8  9  10  11      bisecting the tensors' first CTAs.
 #pragma once
 
 #include <algorithm>
@@ -18,6 +18,7 @@ struct TensorList {
     Tensor tensors[kMax];
     int first_cta[kMax];
     int count;
+    int first;  // number of tensors[0] in the whole list
 
     // The tensor of a CTA, and the CTA's number in it.
     __device__ const Tensor& find(int cta, int& cta_in_tensor) const {
@@ -40,6 +41,7 @@ void for_each_list(const std::vector<Tensor>& tensors, int chunk, Launch launch)
     for (size_t first = 0; first < tensors.size(); first += List::kMax) {
         List list = {};
         list.count = static_cast<int>(std::min<size_t>(List::kMax, tensors.size() - first));
+        list.first = static_cast<int>(first);
         int64_t ctas = 0;
         for (int i = 0; i < list.count; ++i) {
             list.tensors[i] = tensors[first + i];

@@ -102,6 +102,8 @@ class OptimConfig:
     """AdamW: decay of the mean of squared gradients."""
     eps: float = 1e-8
     """AdamW: added to the root of the mean square."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """AdamW: dtype of the two means; bfloat16 saves 4 bytes a parameter, rounds at random, and needs a GPU."""
     weight_decay: float = 0.1
     """AdamW: decoupled decay of matrices and embeddings; norms and biases have none."""
     max_norm: float = 1.0

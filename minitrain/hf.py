@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from minitrain.chat import find_template
-from minitrain.config import UserError
+from minitrain.config import SourceConfig, UserError
 from minitrain.models import MODELS, build_model, materialize, model_class
 from minitrain.models.layers import DecoderConfig
 from minitrain.parallel.gather import read_whole
@@ -356,6 +356,15 @@ def read_chat_template(folder: str | Path) -> str | None:
     """Of a tokenizer's folder: chat_template.jinja, or what is in tokenizer_config.json."""
     config, jinja = Path(folder) / "tokenizer_config.json", Path(folder) / "chat_template.jinja"
     return find_template(read_json(config) if config.exists() else {}, jinja.read_text() if jinja.exists() else None)
+
+
+def chat_template(sources: list[SourceConfig]) -> str | None:
+    """Of the first source of conversations that has one: what a model that is trained on them has to be asked by."""
+    for folder in (Path(source.path) for source in sources):
+        report = folder / "report.json"
+        if report.exists() and read_json(report).get("chat") and (template := read_chat_template(folder)) is not None:
+            return template
+    return None
 
 
 def end_of_text(folder: Path) -> dict[str, int]:

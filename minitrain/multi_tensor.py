@@ -25,8 +25,9 @@ def adamw_(
 ) -> None:
     """One step of AdamW in place, the host does not wait; their `rounded`, where they have one, gets the new values.
 
-    states: exp_avg and exp_avg_sq like the parameter, and step, 0-d: of this step, from 1 on; all fp32. Gradients are
-    bf16 or fp32, and divided by grad_scale. broken not 0: nothing is done. Both 0-d fp32. Sums in fp32.
+    states: exp_avg and exp_avg_sq, all of fp32 or all of bf16, which is rounded up or down at random, so that small
+    changes are not lost; step, 0-d fp32: of this step, from 1 on. Gradients are bf16 or fp32, and are divided by
+    grad_scale. broken not 0: nothing is done. Both 0-d fp32. Sums in fp32.
     """
     grads = [_dense(p.grad) for p in params]
     device = params[0].device
@@ -39,6 +40,7 @@ def adamw_(
         weight_decay=weight_decay,
         grad_scale=grad_scale.data_ptr(),
         broken=broken.data_ptr(),
+        moments_are_bf16=states[0]["exp_avg"].dtype == torch.bfloat16,
         device=device.index,
         stream=stream_of(device),
     )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from minitrain.config import OptimConfig
+from minitrain.config import OptimConfig, UserError
 from minitrain.multi_tensor import adamw_, can_step
 
 
@@ -27,7 +27,8 @@ def adamw(cfg: OptimConfig) -> Callable[[list[nn.Parameter]], "AdamW"]:
             {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
         ]
         groups = [g for g in groups if g["params"]]
-        return AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+        moments = getattr(torch, cfg.moments)
+        return AdamW(groups, moments, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
 
     return make
 
@@ -35,8 +36,13 @@ def adamw(cfg: OptimConfig) -> Callable[[list[nn.Parameter]], "AdamW"]:
 class AdamW(torch.optim.AdamW):
     """torch's; on a GPU the extension's kernel, which does in one pass over memory what a step has to do.
 
-    There it takes gradients in bf16 or fp32, and writes `rounded`, a bf16 tensor, of the parameters that have one.
+    There it takes gradients in bf16 or fp32, writes `rounded`, a bf16 tensor, of the parameters that have one, and may
+    keep its moments in bf16, rounded at random.
     """
+
+    def __init__(self, params, moments: torch.dtype = torch.float32, **options):
+        super().__init__(params, **options)
+        self.moments = moments
 
     @property
     def rounds(self) -> bool:
@@ -46,6 +52,8 @@ class AdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self) -> None:
         if not self.rounds:
+            if self.moments != torch.float32:
+                raise UserError(f"optim.moments={self.moments}: needs bf16 weights on a GPU, and the CUDA extension")
             super().step()
             return
         for group in self.param_groups:
@@ -58,8 +66,10 @@ class AdamW(torch.optim.AdamW):
         device = params[0].device
         for p in params:
             if not self.state[p]:
-                step = torch.zeros((), device=device)
-                self.state[p].update(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                zeros = torch.zeros_like(p, dtype=self.moments)
+                self.state[p].update(step=torch.zeros((), device=device), exp_avg=zeros, exp_avg_sq=zeros.clone())
+            for key in ("exp_avg", "exp_avg_sq"):  # what was loaded may be of another run's choice
+                self.state[p][key] = self.state[p][key].to(self.moments)
         scale, broken = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         scale = torch.ones((), device=device) if scale is None else scale
         broken = torch.zeros((), device=device) if broken is None else broken

@@ -58,10 +58,12 @@ def predict_memory(cfg: Config, ranks: int = 1) -> Memory:
     shard = whole // shards
     blocks = [unit.numel for key, unit in units.items() if key.startswith("layers.")]
     gathers = zero == 3
-    states = 3 * shard if is_flat or width < _WIDE else 2 * shard
+    held = shard
     if parallel.offload:  # a unit that comes, one that is stepped, and one that goes
         sizes = [unit.shard_numel for unit in units.values()]
-        states = 3 * max(sum(sizes[i : i + 3]) for i in range(len(sizes)))
+        held = max(sum(sizes[i : i + 3]) for i in range(len(sizes)))
+    moments = 2 * (_WIDE if cfg.optim.moments == "float32" else 2)
+    states = held * (moments + (_WIDE if is_flat or width < _WIDE else 0))
     whole_block = T * width * _kept_per_token(cfg.model, "none")
     kept = T * width * _kept_per_token(cfg.model, cfg.train.recompute)
     one_row = not is_flat and cfg.data.rows_per_step == 1
@@ -72,7 +74,7 @@ def predict_memory(cfg: Config, ranks: int = 1) -> Memory:
     return Memory(
         weights=width * (shard if gathers else whole),
         gradients=(width if one_row else _WIDE) * (shard if zero >= 2 else whole),
-        states=_WIDE * states,
+        states=states,
         activations=cfg.model.num_hidden_layers * kept,
         loss=_loss_bytes(cfg.model, T, width),
         block=2 * whole_block - kept,

@@ -18,9 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minitrain.config import DataConfig, SourceConfig, UserError
-from minitrain.hf import read_chat_template
-from minitrain.storage import open_safetensors, read_json, sha256
+from minitrain.config import DataConfig, UserError
+from minitrain.storage import open_safetensors, sha256
 
 log = logging.getLogger(__name__)
 _libc = ctypes.CDLL(None)
@@ -85,15 +84,6 @@ def open_sources(cfg: DataConfig, vocab_size: int) -> list[Source]:
         trained, held_out = _split(shards, cfg, source.weight == 0, setting)
         sources.append(Source(source.path, source.weight, tokenizer, trained, held_out))
     return sources
-
-
-def chat_template(sources: list[SourceConfig]) -> str | None:
-    """Of the first source of conversations that has one: what a model that is trained on them has to be asked by."""
-    for folder in (Path(source.path) for source in sources):
-        report = folder / "report.json"
-        if report.exists() and read_json(report).get("chat") and (template := read_chat_template(folder)) is not None:
-            return template
-    return None
 
 
 def _memory(t: Tensor) -> memoryview:

@@ -20,7 +20,7 @@ from minitrain.batch import Batch
 from minitrain.checkpoint import Checkpointer
 from minitrain.config import Config, UserError, to_toml
 from minitrain.data import PackedData
-from minitrain.hf import find_folder, load_tokenizer, load_weights, save_pretrained
+from minitrain.hf import chat_template, find_folder, load_tokenizer, load_weights, save_pretrained
 from minitrain.metrics import Log
 from minitrain.models import build_model, init_weights, load_object, materialize
 from minitrain.optim import adamw, lr_at
@@ -29,7 +29,6 @@ from minitrain.parallel.comm import sum_equal
 from minitrain.parallel.cp import share_tokens
 from minitrain.parallel.mesh import ALONE, Mesh, init_mesh
 from minitrain.parallel.zero import shard_optimizer
-from minitrain.shards import chat_template
 from minitrain.signals import EXIT_CODE, StopSignals
 from minitrain.validate import validate
 

@@ -181,9 +181,10 @@ def test_three_axes_together_equal_one_process(tmp_path):
 
 
 @pytest.mark.slow
-def test_recomputed_blocks_repeat_their_collectives(tmp_path):
+@pytest.mark.parametrize("recompute", ["cheap", "block", "full"])
+def test_recomputed_blocks_repeat_their_collectives(tmp_path, recompute):
     layouts = [ParallelConfig(tp=2), ParallelConfig(ep=2), ParallelConfig(cp=2)]
-    check(2, layouts, tmp_path, TrainConfig(recompute="full"))
+    check(2, layouts, tmp_path, TrainConfig(recompute=recompute))
 
 
 # ---- each part of it is needed

@@ -217,13 +217,13 @@ def test_on_the_gpu_the_kernel_equals_torchs_operations():
 
 
 @pytest.mark.gpu
-def test_the_loss_of_32768_tokens_takes_less_than_4_gib():
+def test_the_loss_of_32768_tokens_takes_less_than_2_and_a_half_gib():
     hidden, head, batch = make(T=32_768, D=1024, V=151_936, dtype=torch.bfloat16, device="cuda")
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     cross_entropy(hidden, head, batch)[0].backward()
-    assert torch.cuda.max_memory_allocated() - before < 4 << 30
+    assert torch.cuda.max_memory_allocated() - before < 5 << 29
 
 
 @pytest.mark.gpu

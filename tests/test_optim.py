@@ -9,7 +9,7 @@ from conftest import TINY
 from torch import nn
 
 from minitrain.batch import IGNORE, Batch
-from minitrain.config import OptimConfig
+from minitrain.config import OptimConfig, UserError
 from minitrain.loss import cross_entropy
 from minitrain.models import build_model, init_weights
 from minitrain.models.llama import LlamaConfig
@@ -492,6 +492,47 @@ def test_the_kernel_makes_the_steps_of_torchs_adamw(grad_dtype):
         assert p.rounded.equal(p.bfloat16())
         written[p.rounded.storage_offset() :][: p.numel()] = True
     assert (flat[~written] == 7).all()
+
+
+@pytest.mark.gpu
+def test_bf16_moments_are_right_in_the_mean():
+    """Of a million equal elements each is one of the two nearest values, and their mean is the fp32 one."""
+    n, exact = 1 << 20, []
+    for dtype in ("float32", "bfloat16"):
+        p = nn.Parameter(torch.zeros(n + 3, device="cuda"))
+        optimizer = adamw(OptimConfig(lr=0.1, beta1=0.9, beta2=0.95, moments=dtype))([p])
+        for grad in (1.0, 0.37, 0.011):
+            p.grad = torch.full_like(p, grad)
+            optimizer.step()
+        means = [optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq")]
+        assert all(m.dtype == getattr(torch, dtype) for m in means)
+        exact.append([m.double() for m in means] + [p.detach().double()])
+    for wide, narrow in zip(*exact, strict=True):
+        spread = (narrow - wide).abs().max()
+        assert 0 < spread < 2**-6 * wide.abs().max()
+        assert (narrow.mean() - wide[0]).abs() < 5 * spread / n**0.5
+        assert abs(torch.corrcoef(torch.stack([narrow[:-1], narrow[1:]]))[0, 1]) < 5 / n**0.5  # each for itself
+
+
+@pytest.mark.gpu
+def test_a_run_may_go_on_with_moments_of_another_dtype():
+    p = nn.Parameter(torch.ones(1000, device="cuda"))
+    optimizers = [adamw(OptimConfig(moments=dtype))([p]) for dtype in ("float32", "bfloat16", "float32")]
+    for before, optimizer in zip([None, *optimizers], optimizers, strict=False):
+        if before:
+            optimizer.state[p].update(before.state[p])
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert optimizers[-1].state[p]["exp_avg"].dtype == torch.float32 and optimizers[-1].state[p]["step"] == 3
+
+
+def test_bf16_moments_without_the_kernel_are_refused():
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    with pytest.raises(
+        UserError, match=r"moments=torch\.bfloat16: needs bf16 weights on a GPU, and the CUDA extension"
+    ):
+        adamw(OptimConfig(moments="bfloat16"))([p]).step()
 
 
 @pytest.mark.gpu

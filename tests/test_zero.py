@@ -238,7 +238,8 @@ def test_frozen_parameters_and_those_that_some_or_all_ranks_do_not_use(tmp_path)
 
 
 def test_recomputed_blocks_find_their_weights(tmp_path):
-    check(2, [(Case("moe", 4, train=(("recompute", "full"),)), ParallelConfig(zero=3), 1e-12)], tmp_path)
+    cases = [Case("moe", 4, train=(("recompute", recompute),)) for recompute in ("cheap", "block", "full")]
+    check(2, [(case, ParallelConfig(zero=3), 1e-12) for case in cases], tmp_path)
 
 
 def count_compilations(path):

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from minitrain.config import DataConfig, SourceConfig, UserError, exit_with
-from minitrain.hf import save_pretrained
+from minitrain.hf import chat_template, save_pretrained
 from minitrain.models import build_model, model_class
 from minitrain.pieces import Saved
-from minitrain.shards import chat_template
 
 
 def convert(

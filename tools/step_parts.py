@@ -131,7 +131,8 @@ def _optimizer_bytes(cfg, element_bytes) -> int:
     further = cfg.data.rows_per_step - 1
     gradient = 4 if further else element_bytes
     rounded = element_bytes if element_bytes < 4 else 0
-    return further * (element_bytes + 2 * 4) + 2 * gradient + 3 * 2 * 4 + rounded
+    moment = getattr(torch, cfg.optim.moments).itemsize
+    return further * (element_bytes + 2 * 4) + 2 * gradient + 2 * (4 + 2 * moment) + rounded
 
 
 def _pointwise_elements(model: nn.Module, forwards: int) -> int:
