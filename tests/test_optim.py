@@ -529,9 +529,7 @@ def test_a_run_may_go_on_with_moments_of_another_dtype():
 def test_bf16_moments_without_the_kernel_are_refused():
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
-    with pytest.raises(
-        UserError, match=r"moments=torch\.bfloat16: needs bf16 weights on a GPU, and the CUDA extension"
-    ):
+    with pytest.raises(UserError, match=r"moments=torch\.bfloat16: needs bf16 weights on a GPU"):
         adamw(OptimConfig(moments="bfloat16"))([p]).step()
 
 
