@@ -26,6 +26,7 @@ FLOORS = [
     {"checkpoint", "hf", "parallel"},
     {"validate", "generate", "plan"},
     {"train"},
+    {"prove"},
     {"__main__"},
 ]  # fmt: skip
 COLUMNS = 4  # the floor of two columns
