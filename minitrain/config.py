@@ -161,6 +161,10 @@ class ParallelConfig:
     """optimizer: master weights and the optimizer's state stay in host memory and pass through the GPU in each step."""
     timeout_s: int = 600
     """Seconds that a rank waits for the others, at the start and in each step, before the run ends."""
+    pp: int = 1
+    """Stages among which the layers are dealt (pipeline parallel); rows of a step follow each other through them."""
+    pp_schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    """1f1b: a row's backward as soon as it can be, so that few rows are under way; gpipe: after all forwards."""
     tp: int = 1
     """Ranks that share each matrix (tensor parallel), and the tokens between them: neighbours, on one node."""
     cp: int = 1
@@ -170,7 +174,7 @@ class ParallelConfig:
 
     def __post_init__(self):
         _at_least(0, parallel__shard_within=self.shard_within)
-        _at_least(1, parallel__timeout_s=self.timeout_s, parallel__tp=self.tp)
+        _at_least(1, parallel__timeout_s=self.timeout_s, parallel__pp=self.pp, parallel__tp=self.tp)
         _at_least(1, parallel__cp=self.cp, parallel__ep=self.ep)
         if self.shard_within and not self.zero:
             raise UserError(f"parallel.shard_within={self.shard_within}: with parallel.zero=0 nothing is shared out")
@@ -224,6 +228,13 @@ class Config:
                 "parallel.tp and ep: models that are cut cannot be saved yet; "
                 "set checkpoint.every = 0 and checkpoint.export = false"
             )
+        if self.parallel.pp > 1 and self.checkpoint.export:
+            raise UserError(
+                "parallel.pp: no stage has the whole model; set checkpoint.export = false, "
+                "tools/convert.py makes a Hugging Face folder of a checkpoint"
+            )
+        if self.parallel.pp > 1 and self.train.sample:
+            raise UserError("parallel.pp: no stage has the whole model; leave train.sample empty")
         if self.data.max_seqlen > self.model.max_position_embeddings:
             raise UserError(
                 f"data.max_seqlen={self.data.max_seqlen} is more than "

@@ -134,7 +134,7 @@ def difference(a: Tensor, b: Tensor, scale: Tensor | None = None) -> float:
 
 def twin(model, parallel: ParallelConfig):
     """A small config of the same structure; sizes that ranks cut are prime, or one more than the ranks."""
-    tp, ep = parallel.tp, parallel.ep
+    pp, tp, ep = parallel.pp, parallel.tp, parallel.ep
     ratio = model.num_attention_heads // model.num_key_value_heads
     kv_heads = model.num_key_value_heads if tp > model.num_key_value_heads else min(tp + 1, model.num_key_value_heads)
     heads, channels = ratio * kv_heads, 4
@@ -144,7 +144,7 @@ def twin(model, parallel: ParallelConfig):
         "vocab_size": 101,
         "hidden_size": heads * channels if is_square else 22 + 2 * (heads * channels == 22),
         "intermediate_size": 67,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": pp + 1,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": channels,
@@ -189,7 +189,7 @@ def prove(cfg: Config) -> bool:
     train = dataclasses.replace(cfg.train, dtype=dtype, attention="auto")
     parallel = dataclasses.replace(cfg.parallel, reduce_dtype="float32")
     small = dataclasses.replace(cfg, model=twin(cfg.model, parallel), train=train, parallel=parallel)
-    tokens, num_rows = tokens_of_a_row(parallel), 2 * mesh.dp_size
+    tokens, num_rows = tokens_of_a_row(parallel), (parallel.pp + 1) * mesh.dp_size
     steps = [make_rows(step, num_rows, tokens, small.model.vocab_size) for step in range(_STEPS)]
     loss_fn = load_object(cfg.train.loss)
 
@@ -228,14 +228,19 @@ def _controls(cfg: Config, mesh: Mesh) -> dict[str, Mesh]:
         if any(group.size > 1 for group in mesh.sharding(kind)):
             others = {other: groups for other, groups in mesh.shardings.items() if other != kind}
             found[f"sum of gradients over {' x '.join(kind)}"] = dataclasses.replace(mesh, shardings=others)
-    groups = {name: group for name, group in mesh.groups.items() if name != "world"}
-    return found | {"sum of the norm over all ranks": dataclasses.replace(mesh, groups=groups)}
+    sums = {"world": "sum of the norm over all ranks"}
+    if any("ends" in kind for kind in set.union(*kinds)):
+        sums["ends"] = "sum of the tied matrix over both ends"
+    for name, text in sums.items():
+        others = {other: group for other, group in mesh.groups.items() if other != name}
+        found[text] = dataclasses.replace(mesh, groups=others)
+    return found
 
 
 def _describe(cfg: Config, mesh: Mesh, num_rows: int, tokens: int) -> str:
     m, p = cfg.model, cfg.parallel
     experts = f", {m.num_experts} experts" if hasattr(m, "num_experts") else ""
-    layout = f"dp {mesh.dp_size}, cp {p.cp}, tp {p.tp}, ep {p.ep}, zero {p.zero}"
+    layout = f"pp {p.pp}, dp {mesh.dp_size}, cp {p.cp}, tp {p.tp}, ep {p.ep}, zero {p.zero}"
     return (
         f"{mesh.size} ranks: {layout}; {mesh.device.type}, {cfg.train.dtype}\n"
         f"twin of {m.type}: {m.num_hidden_layers} layers of width {m.hidden_size}, {m.num_attention_heads} query and "

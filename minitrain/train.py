@@ -28,6 +28,7 @@ from minitrain.parallel import compute_dtype, parallelize
 from minitrain.parallel.comm import sum_equal
 from minitrain.parallel.cp import share_tokens
 from minitrain.parallel.mesh import ALONE, Mesh, init_mesh
+from minitrain.parallel.pp import Link, schedule
 from minitrain.parallel.zero import shard_optimizer
 from minitrain.shards import chat_template
 from minitrain.signals import EXIT_CODE, StopSignals
@@ -121,22 +122,32 @@ def forward_backward(
     """Gradients of scale * (sum of the rows' losses), added up row by row. -> scaled loss and extras, detached.
 
     On several ranks each has its own rows; loss and extras are those of all. backward(is the row the last) is a context
-    for a row's backward, in which gradients are summed over the ranks.
+    for a row's backward, in which gradients are summed over the ranks. In a pipeline a row's forward and backward lie
+    apart; without one they follow each other.
     """
-    total, extras = 0.0, {}
-    for i, batch in enumerate(batches, 1):
-        batch.share = 1 / (len(batches) * mesh.size)  # ranks that share a row add up what they have of it
-        batch = share_tokens(batch, mesh.group("cp"))
-        loss, named = loss_fn(model(batch), model.lm_head, batch)
-        with backward(i == len(batches)):
-            (loss * scale).backward()
-        total = total + loss.detach() * scale
-        for name, value in named.items():
-            extras[name] = extras.get(name, 0.0) + value.detach() * scale
-    if mesh.group("data").size > 1:
-        total, *values = sum_equal(torch.stack([total, *extras.values()]), mesh.group("data"))
-        extras = dict(zip(extras, values, strict=True))
-    return total, extras
+    stage, link = mesh.group("pp"), Link(model, mesh)
+    sums, rows = {"": 0.0}, {}  # the loss and extras; rows between their forward and backward
+    for action, i in schedule(mesh.schedule, stage.rank, stage.size, len(batches)):
+        if action == "forward":
+            batches[i].share = stage.size / (len(batches) * mesh.size)  # ranks that share a row add up what they have
+            batch = share_tokens(batches[i], mesh.group("cp"))
+            x_TD, y = link.forward(model, batch)
+            if link.is_last:
+                y, named = loss_fn(y, model.lm_head, batch)
+                y = y * scale
+                sums[""] += y.detach()
+                for name, value in named.items():
+                    sums[name] = sums.get(name, 0.0) + value.detach() * scale
+            rows[i] = x_TD, y
+        else:
+            with backward(i == len(batches) - 1):
+                link.backward(*rows.pop(i))
+    link.finish()
+    if link.is_last and mesh.group("data").size > 1:
+        values = sum_equal(torch.stack(list(sums.values())), mesh.group("data"))
+        sums = dict(zip(sums, values, strict=True))
+    extras = link.from_last(sums)
+    return extras.pop(""), extras
 
 
 @torch.no_grad()

@@ -45,6 +45,11 @@ MODELS = {  # of uneven vocabulary, inner width, heads; fewer key and value head
 MODELS["starved"] = MODELS["moe"]
 
 
+def model_of(name, parallel):
+    """Of one layer more than stages, which is uneven."""
+    return dataclasses.replace(MODELS[name], num_hidden_layers=parallel.pp + 1)
+
+
 def loss_fn(hidden_TD, head, batch):
     """The built-in loss, and what users may add: something of all logits, something of the hidden states."""
     loss, _ = cross_entropy(hidden_TD, head, batch)
@@ -54,16 +59,16 @@ def loss_fn(hidden_TD, head, batch):
 
 def run(name, parallel, mesh=ALONE, steps=STEPS, spoil=lambda model: None, num_rows=4, train=None):
     """With rows as the layout can cut them, in the layout or by one process."""
-    model = build_model(MODELS[name])
+    model = build_model(model_of(name, parallel))
     if name == "starved":  # all tokens choose the same experts
-        model = build_model(MODELS[name], "cpu")
+        model = build_model(model_of(name, parallel), "cpu")
         init_weights(model, 0)
         for block in model.layers.values():
             nn.init.zeros_(block.mlp.gate.weight).requires_grad_(False)
     tokens = tokens_of_a_row(parallel)
     data = DataConfig(tokens_per_row=tokens, max_seqlen=tokens)
     train = dataclasses.replace(train or TrainConfig(), dtype="float64")
-    cfg = Config(MODELS[name], data, train=train, parallel=parallel, checkpoint=CheckpointConfig(0, export=False))
+    cfg = Config(model.config, data, train=train, parallel=parallel, checkpoint=CheckpointConfig(0, export=False))
     rows = [make_rows(step, num_rows, tokens, SIZES["vocab_size"]) for step in range(steps)]
     parts = follow(model, cfg, mesh, rows, loss_fn, spoil)
     if name == "starved":
@@ -72,19 +77,19 @@ def run(name, parallel, mesh=ALONE, steps=STEPS, spoil=lambda model: None, num_r
 
 
 def write_expected(folder, cases, **options):
-    """A file for each model and length of rows."""
+    """A file for each model, number of layers and length of rows."""
     folder.mkdir()
     for path, case in {file_of(folder, *case): case for case in cases}.items():
         write_safetensors(path, of_one(run(*case, **options)))
 
 
 def file_of(folder, name, parallel):
-    return folder / f"{name}-{tokens_of_a_row(parallel)}"
+    return folder / f"{name}-{parallel.pp}-{tokens_of_a_row(parallel)}"
 
 
 def errors(name, parallel, folder, **options):
     """{what: relative error}, largest of all ranks."""
-    mesh = init_mesh("cpu", parallel, MODELS[name])
+    mesh = init_mesh("cpu", parallel, model_of(name, parallel))
     return differences(run(name, parallel, mesh, **options), load_file(file_of(folder, name, parallel)), mesh)
 
 
@@ -95,13 +100,13 @@ def compare_all(cases, folder, **options):
         assert found[worst] <= TOLERANCE, f"{name} {parallel}: {worst} differs by {found[worst]:.1e}"
 
 
-def check(ranks, layouts, tmp_path, train=None):
+def check(ranks, layouts, tmp_path, train=None, num_rows=None):
     """Under ZeRO 0 and 3 if the layout names no stage, every model that it can cut."""
     stages = [(layout, (layout.zero,) if layout.zero else (0, 3)) for layout in layouts]
     layouts = [dataclasses.replace(layout, zero=zero) for layout, zeros in stages for zero in zeros]
-    cases = [(name, of) for of in layouts for name in MODELS if not objections(of, ranks, MODELS[name])]
+    cases = [(name, of) for of in layouts for name in MODELS if not objections(of, ranks, model_of(name, of))]
     cases = [(name, of) for name, of in cases if name != "starved" or of.ep > 1]
-    num_rows = 3 if ranks == 3 else 4
+    num_rows = num_rows or (3 if ranks == 3 else 4)
     write_expected(tmp_path / "one", cases, num_rows=num_rows)
     spawn(ranks, functools.partial(compare_all, num_rows=num_rows, train=train), cases, tmp_path / "one")
 
@@ -276,7 +281,7 @@ def test_a_layout_that_cannot_work_is_refused_with_every_reason(monkeypatch):
     reasons = str(error.value).split("; ")
     assert "\n" not in str(error.value)
     for begin in (
-        "parallel.tp * cp = 4 does not divide WORLD_SIZE=6",
+        "parallel.pp * tp * cp = 4 does not divide WORLD_SIZE=6",
         "parallel.ep=5 does not divide the 1 ranks",
         "parallel.shard_within=3 is not a multiple of ep=5",
         "parallel.ep=5 does not divide num_experts=12",

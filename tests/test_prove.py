@@ -62,7 +62,7 @@ def test_layouts_are_proven_and_every_control_is_caught(tmp_path):
     cfgs = [tiny(MODELS["tied"], tp=2), tiny(MODELS["moe"], ep=2, zero=3), tiny(MODELS["llama"], cp=2, zero=2)]
     spawn(2, prove_each, cfgs, tmp_path / "said", True)
     said = (tmp_path / "said").read_text()
-    assert "2 ranks: dp 1, cp 1, tp 2, ep 1, zero 0; cpu, float64" in said
+    assert "2 ranks: pp 1, dp 1, cp 1, tp 2, ep 1, zero 0; cpu, float64" in said
     assert said.count("\nPROVEN: ") == 3 and "NOT" not in said
     assert said.count(" caught: ") == 2 + 2 + 2  # norm and: norms' weights under tp, dense ones under ep and cp
 

@@ -43,7 +43,8 @@ def apply_tp(model: nn.Module, mesh: Mesh) -> None:
             named |= set() if style == "sublayer" else set(module.parameters())
     if missing := [name for name, p in model.named_parameters() if p not in named]:
         raise UserError(f"parallel.tp: no row of {type(model).__name__}.TP_PLAN says how to cut {missing[0]}")
-    model.register_forward_hook(functools.partial(_join_tokens, mesh.group("tp")))
+    if model.norm is not None:  # stages of a pipeline pass each rank's tokens on
+        model.register_forward_hook(functools.partial(_join_tokens, mesh.group("tp")))
 
 
 def _join_tokens(group, _model, args, hidden_TD):

@@ -280,7 +280,8 @@ class ShardedOptimizer(MasterOptimizer):
     def _grad_norm(self) -> Tensor:
         self.with_gradient = self.gradients.finish()
         sums = self.gradients.sums
-        counted = [sums[key] for key, unit in self.units.items() if unit.replica.rank == 0]  # each once in all ranks
+        firsts = [key for key, unit in self.units.items() if unit.replica.rank == unit.ends.rank == 0]
+        counted = [sums[key] for key in firsts]  # each once in all ranks
         counted = counted or [next(iter(sums.values())).new_zeros(1)]
         return sum_equal(global_norm(counted).square(), self.mesh.group("world")).sqrt()
 
@@ -342,8 +343,9 @@ class ShardedOptimizer(MasterOptimizer):
     def _to_save(self) -> list[str]:
         """Ranks that hold the same piece share the work parameter by parameter; frozen ones are on every rank."""
         mine = []
-        for i, name in enumerate(super()._to_save()):
-            same = self.units[self.unit_of[name]].replica if name in self.unit_of else self.mesh
+        names = [name for name in super()._to_save() if not self.mesh.is_second_copy(self.params[name])]
+        for i, name in enumerate(names):
+            same = self.units[self.unit_of[name]].replica if name in self.unit_of else self.mesh.group("stage")
             if i % same.size == same.rank and (name in self.masters or name not in self.unit_of):
                 mine.append(name)
         return mine

@@ -1,0 +1,158 @@
+"""Pipeline parallel: each rank of "pp" is a stage, with some neighbouring blocks; rows follow each other through it.
+
+    1F1B, three stages, four rows: a digit is a row's forward, a letter its backward
+    stage 0    0 1 2     a 3   b     c     d
+    stage 1      0 1   a 2   b 3   c     d
+    stage 2        0 a 1   b 2   c 3   d
+
+Hidden states go to the next stage and their gradients back, nothing else: each stage has the rows' tokens, and losses
+of routers ride on the hidden states. Where the head is the embedding both ends have the matrix: their gradients are
+summed at the end of a step (ddp.py), so the copies stay equal. GPipe: Huang et al. 2019, arXiv:1811.06965; 1F1B:
+Narayanan et al. 2019, PipeDream, doi:10.1145/3341301.3359646.
+"""
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from minitrain.batch import Batch
+from minitrain.config import UserError
+from minitrain.parallel.comm import broadcast, broadcast_names, receive, send
+from minitrain.parallel.ddp import DENSE
+from minitrain.parallel.mesh import Mesh
+
+_PARTS = {"embed_tokens", "layers", "norm", "lm_head"}
+
+
+def is_stage(model: nn.Module) -> bool:
+    """Whether the model is a part of a pipeline."""
+    return model.lm_head is None or "0" not in model.layers
+
+
+def apply_pp(model: nn.Module, mesh: Mesh) -> None:
+    """Leave this stage's blocks in the model; the embedding on the first stage, norm and head on the last."""
+    if others := [name for name, _ in model.named_children() if name not in _PARTS]:
+        raise UserError(f"parallel.pp: which stage has {others[0]}? It knows {', '.join(sorted(_PARTS))} only")
+    stage = mesh.group("pp")
+    is_last, is_tied = stage.rank == stage.size - 1, model.lm_head.weight is model.embed_tokens.weight
+    mine = share_blocks(_costs(model), stage.size)[stage.rank]
+    for i, name in enumerate(list(model.layers)):
+        if i not in mine:
+            del model.layers[name]
+    if is_tied:
+        model.embed_tokens.weight.grad_sum_on = (*DENSE, "ends")
+    if stage.rank > 0 and not (is_last and is_tied):
+        model.embed_tokens = None
+    if not is_last:
+        model.norm = model.lm_head = None
+
+
+def _costs(model: nn.Module) -> list[int]:
+    """Of each block: weights that a token is multiplied with. The ends count with the first and the last.
+
+    Attention's own products are left out: they are alike in all blocks, and how many depends on the documents.
+    """
+    cfg = model.config
+
+    def active(p):
+        return p.numel() * cfg.num_experts_per_tok // cfg.num_experts if p.ndim == 3 else p.numel()
+
+    costs = [sum(active(p) for p in block.parameters()) for block in model.layers.values()]
+    costs[0] += cfg.hidden_size  # a look-up of one row
+    costs[-1] += model.lm_head.weight.numel()
+    return costs
+
+
+def share_blocks(costs: list[int], stages: int) -> list[range]:
+    """Neighbouring blocks for each stage, at least one, so that the costliest stage costs as little as can be."""
+
+    @functools.cache
+    def best(begin: int, stages: int) -> tuple[int, tuple[int, ...]]:
+        """Of blocks from `begin` on -> sum of the stages' costs to the 16th: the costliest decides, then the others."""
+        if stages == 1:
+            return sum(costs[begin:]) ** 16, (len(costs),)
+        found = []
+        for end in range(begin + 1, len(costs) - stages + 2):
+            rest, ends = best(end, stages - 1)
+            found.append((sum(costs[begin:end]) ** 16 + rest, (end, *ends)))
+        return min(found)  # of equal ones the one with less on early stages, which keep more rows
+
+    ends = best(0, stages)[1]
+    return [range(begin, end) for begin, end in zip((0, *ends), ends, strict=False)]
+
+
+def schedule(kind: str, stage: int, stages: int, rows: int) -> list[tuple[str, int]]:
+    """What a stage does in a step: ("forward", row) and ("backward", row), each row once.
+
+    gpipe: all forwards first. 1f1b: a backward as soon as it can be; stages - stage rows are under way at most. Both
+    wait for stages - 1 rows in all. With one stage each row's backward follows its forward.
+    """
+    actions, forwards = [], 0
+    for row in range(rows):
+        until = rows if kind == "gpipe" else min(rows, row + stages - stage)
+        actions += [("forward", i) for i in range(forwards, until)] + [("backward", row)]
+        forwards = until
+    return actions
+
+
+class Link:
+    """This stage's ends to the stages beside it, for a step; with one stage nothing passes.
+
+    Each direction has a group of its own, so that over NCCL a message which waits holds up none of the other direction.
+    """
+
+    def __init__(self, model: nn.Module, mesh: Mesh):
+        self.ahead, self.back = mesh.group("pp"), mesh.group("pp_back")
+        self.is_first, self.is_last = self.ahead.rank == 0, self.ahead.rank == self.ahead.size - 1
+        self.width, self.tp = model.config.hidden_size, mesh.group("tp").size
+        self.like = next(model.parameters())
+        self.under_way = []  # messages, and their tensors
+
+    def forward(self, model: nn.Module, batch: Batch) -> tuple[Tensor | None, Tensor]:
+        """-> hidden states of the stage before (None on the first), and what the model makes of them.
+
+        They are sent on; on the last stage they are for the loss.
+        """
+        if self.is_first:
+            x_TD, y_TD = None, model(batch)
+        else:
+            T = -(-len(batch.tokens) // self.tp)  # between blocks ranks of tp share the tokens
+            x_TD = torch.empty(T, self.width, dtype=self.like.dtype, device=batch.tokens.device)
+            receive(x_TD, self.ahead.rank - 1, self.ahead)
+            y_TD = model(batch, x_TD.requires_grad_(torch.is_grad_enabled()))
+        if not self.is_last:
+            self._send(y_TD.detach(), self.ahead.rank + 1, self.ahead)
+        return x_TD, y_TD
+
+    def backward(self, x_TD: Tensor | None, y: Tensor) -> None:
+        """y: the loss on the last stage, elsewhere what forward() gave with x."""
+        d_TD = None
+        if not self.is_last:
+            d_TD = torch.empty_like(y)
+            receive(d_TD, self.back.rank + 1, self.back)
+        y.backward(d_TD)
+        if not self.is_first:
+            self._send(x_TD.grad, self.back.rank - 1, self.back)
+
+    def _send(self, x_TD: Tensor, to: int, group) -> None:
+        x_TD = x_TD.contiguous()
+        self.under_way.append((send(x_TD, to, group), x_TD))
+
+    def finish(self) -> None:
+        """Until all that was sent has been taken."""
+        for message, _ in self.under_way:
+            message.wait()
+        self.under_way.clear()
+
+    def from_last(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Scalars that the last stage has, on every stage."""
+        if self.ahead.size == 1:
+            return named
+        names = broadcast_names(list(named), self.ahead.size - 1, self.ahead)
+        wide = torch.promote_types(self.like.dtype, torch.float32)
+        values = torch.empty(len(names), dtype=wide, device=self.like.device)
+        if self.is_last:
+            values.copy_(torch.stack(list(named.values())))
+        broadcast(values, self.ahead.size - 1, self.ahead)
+        return dict(zip(names, values, strict=True))
