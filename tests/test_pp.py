@@ -3,7 +3,7 @@
 import pytest
 from test_axes import check
 
-from minitrain.config import ParallelConfig
+from minitrain.config import ParallelConfig, TrainConfig
 from minitrain.parallel.pp import schedule, share_blocks
 
 SCHEDULES = ("1f1b", "gpipe")
@@ -78,14 +78,43 @@ def test_the_costliest_stage_costs_as_little_as_can_be(costs, stages, lengths):
 # ---- against one process
 
 
-@pytest.mark.parametrize("rows", [1, 3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8))])
-def test_two_stages_equal_one_process_for_any_number_of_rows(rows, tmp_path):
-    check(2, [ParallelConfig(pp=2, pp_schedule=kind) for kind in SCHEDULES], tmp_path, num_rows=rows)
+def test_two_stages_equal_one_process(tmp_path):
+    check(2, [ParallelConfig(pp=2)], tmp_path, num_rows=3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [3, 4])
-def test_more_stages_equal_one_process(ranks, tmp_path):
-    layouts = [ParallelConfig(pp=ranks, pp_schedule=kind) for kind in SCHEDULES]
-    check(ranks, layouts, tmp_path)
-    check(ranks, layouts, tmp_path, num_rows=ranks + 2)
+@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_two_stages_equal_one_process_for_any_number_of_rows(kind, rows, tmp_path):
+    check(2, [ParallelConfig(pp=2, pp_schedule=kind)], tmp_path, num_rows=rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, rows", [(3, 1), (3, 5), (4, 1), (4, 6)])
+def test_more_stages_equal_one_process(ranks, rows, tmp_path):
+    check(ranks, [ParallelConfig(pp=ranks, pp_schedule=kind) for kind in SCHEDULES], tmp_path, num_rows=rows)
+
+
+@pytest.mark.slow
+def test_stages_and_another_axis_equal_one_process(tmp_path):
+    layouts = [{}, {"tp": 2}, {"cp": 2}, {"ep": 2}, {"zero": 1}, {"zero": 2}, {"tp": 2, "zero": 2}]
+    check(4, [ParallelConfig(pp=2, **sizes) for sizes in layouts], tmp_path)
+
+
+@pytest.mark.slow
+def test_recomputed_blocks_of_stages_repeat_their_collectives(tmp_path):
+    layouts = [ParallelConfig(pp=2, tp=2), ParallelConfig(pp=2, ep=2)]
+    check(4, layouts, tmp_path, TrainConfig(recompute="full"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_stages_and_two_other_axes_equal_one_process(tmp_path):
+    layouts = [{"tp": 2, "ep": 2}, {"tp": 2, "cp": 2}, {"cp": 2, "ep": 2}, {"zero": 2, "shard_within": 2}]
+    check(8, [ParallelConfig(pp=2, **sizes) for sizes in layouts], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_all_axes_together_equal_one_process(tmp_path):
+    check(16, [ParallelConfig(pp=2, cp=2, tp=2, ep=2)], tmp_path)
