@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from minitrain.batch import IGNORE, Batch
+from minitrain.parallel.pp import is_stage
 
 
 @torch.no_grad()
@@ -33,6 +34,8 @@ def generate(
         raise ValueError(f"generate: top_k={top_k}: must be at least 1, or None for all tokens")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"generate: top_p={top_p}: must be above 0 and at most 1, or None for all tokens")
+    if is_stage(model):
+        raise ValueError("generate: the model is one stage of a pipeline; tools/convert.py makes a whole one")
     stops = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or []
     generator = torch.Generator(prompt.device).manual_seed(seed)
     tokens = prompt.long()

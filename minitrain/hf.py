@@ -24,6 +24,7 @@ from minitrain.models import MODELS, build_model, materialize, model_class
 from minitrain.models.layers import DecoderConfig
 from minitrain.parallel.gather import read_whole
 from minitrain.parallel.mesh import is_first
+from minitrain.parallel.pp import is_stage
 from minitrain.storage import (
     Later,
     NewFolder,
@@ -209,6 +210,7 @@ def load_weights(model: nn.Module, folder: Path, names: Collection[str] | None =
     ignored = {name for name in files if name.endswith("rotary_emb.inv_freq")}  # old Llama files store this buffer
     if model.config.tie_word_embeddings:
         ignored.add("lm_head.weight")  # some tied models on the Hub store it twice
+    ignored |= {name for name in files if _is_of_another_stage(name, model)}
     if missing := sorted(parts.keys() - files.keys()):
         raise UserError(f"{folder}: lacks {_listed(missing, sorted(files.keys() - parts.keys()))}")
     if extra := sorted(files.keys() - parts.keys() - ignored):
@@ -226,6 +228,15 @@ def load_weights(model: nn.Module, folder: Path, names: Collection[str] | None =
             raise UserError(f"{folder / files[name]}: {name} is {tensor.dtype}, not a floating-point tensor")
         _load(tensor, p, expert)
     model.source = folder
+
+
+def _is_of_another_stage(hub: str, model: nn.Module) -> bool:
+    """Of a pipeline: of a block, or of an end, that this part of the model has not."""
+    child, _, rest = hub.removeprefix("model.").partition(".")
+    i = rest.partition(".")[0]
+    if child == "layers":
+        return i not in model.layers and i in map(str, range(model.config.num_hidden_layers))
+    return child in ("embed_tokens", "norm", "lm_head") and getattr(model, child) is None
 
 
 def _weight_files(folder: Path) -> dict[str, str]:
@@ -280,6 +291,8 @@ def save_pretrained(
     elsewhere. After training on several ranks all of them call this, and rank 0 writes.
     chat_template: jinja2, in the place of the tokenizer's.
     """
+    if is_stage(model):
+        raise UserError(f"{folder}: the model is one stage of a pipeline; tools/convert.py makes it of a checkpoint")
     params = dict(model.named_parameters())
     read = read or (lambda name, e: _part(read_whole(params[name]), e))
     tensors = {

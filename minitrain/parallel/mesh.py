@@ -79,6 +79,10 @@ class Mesh:
         """As sum(), of what all ranks with the same rows know alike: counted once."""
         return self.sum(number) // self.ranks_of_a_row
 
+    def sum_stages(self, number: int) -> int:
+        """As sum(), of what all ranks of a stage know alike: counted once."""
+        return self.sum(number) * self.group("pp").size // self.size
+
     def sum(self, number: int) -> int:
         """Over all ranks, on the hosts: no device waits. TimeoutError names the ranks that did not come to it."""
         return int(self.sum_host(torch.tensor(number))) if self.size > 1 else number
