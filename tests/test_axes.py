@@ -87,9 +87,9 @@ def file_of(folder, name, parallel):
     return folder / f"{name}-{parallel.pp}-{tokens_of_a_row(parallel)}"
 
 
-def errors(name, parallel, folder, **options):
+def errors(name, parallel, folder, spoil_mesh=lambda mesh: mesh, **options):
     """{what: relative error}, largest of all ranks."""
-    mesh = init_mesh("cpu", parallel, model_of(name, parallel))
+    mesh = spoil_mesh(init_mesh("cpu", parallel, model_of(name, parallel)))
     return differences(run(name, parallel, mesh, **options), load_file(file_of(folder, name, parallel)), mesh)
 
 

@@ -1,9 +1,26 @@
 """Pipelines: their schedules without processes, and against one process in every company."""
 
-import pytest
-from test_axes import check
+import dataclasses
+import functools
 
-from minitrain.config import ParallelConfig, TrainConfig
+import pytest
+import torch
+from conftest import TINY, read_metrics, spawn, tiny_run, write_corpus
+from safetensors.torch import load_file
+from test_axes import MODELS, check, errors, model_of, write_expected
+from test_convert import convert, newest
+from test_hacks import Lion, SideBySide, z_loss
+from test_validate import validation_rows
+from torch import nn
+
+import minitrain as mt
+from minitrain.attention import attention
+from minitrain.config import ParallelConfig, TrainConfig, UserError
+from minitrain.hf import load_weights
+from minitrain.models import build_model, init_weights, materialize
+from minitrain.parallel import parallelize
+from minitrain.parallel.layout import objections
+from minitrain.parallel.mesh import init_mesh
 from minitrain.parallel.pp import schedule, share_blocks
 
 SCHEDULES = ("1f1b", "gpipe")
@@ -118,3 +135,133 @@ def test_stages_and_two_other_axes_equal_one_process(tmp_path):
 @pytest.mark.timeout(900)
 def test_all_axes_together_equal_one_process(tmp_path):
     check(16, [ParallelConfig(pp=2, cp=2, tp=2, ep=2)], tmp_path)
+
+
+# ---- each part of it is needed
+
+
+def without(name, mesh):
+    return dataclasses.replace(mesh, groups={other: group for other, group in mesh.groups.items() if other != name})
+
+
+def compare_with_mistakes(folder):
+    pp = ParallelConfig(pp=2)
+    for name, group, wrong in (("tied", "ends", "gradient embed_tokens.weight"), ("llama", "world", "norm")):
+        spoil = functools.partial(without, group)
+        found = errors(name, pp, folder, steps=1, spoil_mesh=spoil)
+        assert found[wrong] > 1e-5, (name, group)
+        assert group == "ends" or all(value < 1e-11 for key, value in found.items() if key != wrong)
+
+
+def test_the_sums_over_stages_are_needed(tmp_path):
+    write_expected(tmp_path / "one", [(name, ParallelConfig(pp=2)) for name in ("tied", "llama")])
+    spawn(2, compare_with_mistakes, tmp_path / "one")
+
+
+# ---- whole runs: hacks, checkpoints, validation
+
+
+def train_with_hacks(cfg, folder):
+    def one(name, model=None, **parts):
+        run = dataclasses.replace(cfg, run_dir=f"{folder}/{name}")
+        mt.train(run, model=model and model(run.model), **parts)
+
+    def sliding(model_config):
+        model = mt.build_model(model_config)
+        model.layers["0"].self_attn.attention = functools.partial(attention, window=3)
+        return model
+
+    def side_by_side(model_config):
+        with torch.device("meta"):
+            return SideBySide(model_config)
+
+    def look(step, model, extras):
+        seen.append((step, *extras))
+
+    seen = []
+    one("attention", sliding)
+    one("optimizer", optimizer=Lion)
+    one("block", side_by_side)
+    one("loss", loss_fn=z_loss, on_step=look)
+    assert seen == [(step, "cross_entropy", "z") for step in (1, 2, 3, 4)]  # on every stage
+
+
+def test_hacks_give_the_same_runs_in_a_pipeline(corpus, tmp_path):
+    cfg = tiny_run(
+        corpus, "", train={"steps": 4}, data={"rows_per_step": 3}, checkpoint={"every": 0, "export": False},
+        parallel={"pp": 2},
+    )  # fmt: skip
+    spawn(2, train_with_hacks, cfg, tmp_path / "two")
+    train_with_hacks(dataclasses.replace(cfg, parallel=ParallelConfig()), tmp_path / "one")
+    for hack in ("attention", "optimizer", "block", "loss"):
+        one, two = (read_metrics(tmp_path / name / hack) for name in ("one", "two"))
+        for row, other in zip(one, two, strict=True):
+            for key in ("loss", "grad_norm", "trained_tokens", *(("z", "cross_entropy") if hack == "loss" else ())):
+                assert other[key] == pytest.approx(row[key], rel=1e-4), (hack, row["step"], key)
+
+
+def test_a_run_goes_on_with_other_stages_validates_and_is_converted(tmp_path):
+    """Two stages, then one process, then three stages under ZeRO 3: as if nothing had happened."""
+    documents = [[(7 * d + n) % 97 for n in range(2 + 5 * d % 29)] for d in range(60)]
+    path = str(write_corpus(tmp_path / "corpus", documents))
+    model = mt.Qwen3Config(**TINY | {"num_hidden_layers": 3}, tie_word_embeddings=True)
+
+    def config(name, steps, **parallel):
+        return tiny_run(
+            path, tmp_path / name, model, train={"steps": steps, "validate_every": 2}, parallel=parallel,
+            optim={"schedule": "constant", "lr": 1e-2, "warmup_steps": 0},
+            data={"rows_per_step": 2, "held_out": 9, "packing": "best_fit"}, checkpoint={"export": False},
+        )  # fmt: skip
+
+    mt.train(config("alone", 6))
+    spawn(2, mt.train, config("moved", 2, pp=2))
+    mt.train(config("moved", 4))
+    spawn(6, mt.train, config("moved", 6, pp=3, zero=3))
+    for read, keys in ((read_metrics, ("loss", "grad_norm")), (validation_rows, ("loss", "perplexity"))):
+        for row, of_one in zip(read(tmp_path / "moved"), read(tmp_path / "alone"), strict=True):
+            assert row["step"] == of_one["step"] and row["trained_tokens"] == of_one["trained_tokens"]
+            assert [row[key] for key in keys] == pytest.approx([of_one[key] for key in keys], rel=1e-4)
+    for name in ("moved", "alone"):
+        convert.main([str(newest(config(name, 6))), "--out", str(tmp_path / name / "out")])
+    moved, alone = (load_file(tmp_path / name / "out" / "model.safetensors") for name in ("moved", "alone"))
+    assert moved.keys() == alone.keys()
+    assert all(torch.allclose(moved[name], alone[name], atol=1e-4) for name in alone)
+
+
+def load_stages(folder):
+    one = load_file(folder / "model.safetensors")
+    names = set()
+    mesh = init_mesh("cpu", ParallelConfig(pp=2), model_of("tied", ParallelConfig(pp=2)))
+    model = parallelize(build_model(model_of("tied", ParallelConfig(pp=2))), mesh, TrainConfig())
+    materialize(model, "cpu", torch.float32)
+    load_weights(model, folder)
+    for name, p in model.named_parameters():
+        assert p.equal(one[f"model.{name}"]), name
+        names.add(name)
+    assert len(names) < 0.75 * len(one) and "embed_tokens.weight" in names  # both ends have it
+    assert (model.lm_head is None) == (mesh.rank == 0)
+    with pytest.raises(UserError, match="the model is one stage of a pipeline; tools"):
+        mt.save_pretrained(model, folder / "again")
+    with pytest.raises(ValueError, match="generate: the model is one stage of a pipeline"):
+        mt.generate(model, torch.tensor([1]), 1)
+    with pytest.raises(UserError, match="cut by an earlier run"):
+        parallelize(model, mesh, TrainConfig())
+    model = build_model(model_of("tied", ParallelConfig(pp=2)))
+    model.extra = nn.Linear(3, 3)
+    with pytest.raises(UserError, match=r"parallel\.pp: which stage has extra\?"):
+        parallelize(model, mesh, TrainConfig())
+
+
+def test_each_stage_reads_its_own_pretrained_weights_and_refuses_what_needs_a_whole_model(tmp_path):
+    model = build_model(model_of("tied", ParallelConfig(pp=2)), "cpu")
+    init_weights(model, 0)
+    mt.save_pretrained(model, tmp_path / "saved")
+    spawn(2, load_stages, tmp_path / "saved")
+
+
+def test_what_cannot_work_is_said_at_once(corpus, tmp_path):
+    assert objections(ParallelConfig(pp=3), 3, MODELS["tied"]) == ["parallel.pp=3 is more than num_hidden_layers=2"]
+    with pytest.raises(UserError, match=r"parallel\.pp: no stage has the whole model; set checkpoint\.export = false"):
+        tiny_run(corpus, tmp_path, parallel={"pp": 2})
+    with pytest.raises(UserError, match=r"parallel\.pp: .* leave train\.sample empty"):
+        tiny_run(corpus, tmp_path, parallel={"pp": 2}, checkpoint={"export": False}, train={"sample": "a"})
