@@ -136,7 +136,9 @@ def twin(model, parallel: ParallelConfig):
     """A small config of the same structure; sizes that ranks cut are prime, or one more than the ranks."""
     pp, tp, ep = parallel.pp, parallel.tp, parallel.ep
     ratio = model.num_attention_heads // model.num_key_value_heads
-    kv_heads = model.num_key_value_heads if tp > model.num_key_value_heads else min(tp + 1, model.num_key_value_heads)
+    kv_heads = model.num_key_value_heads
+    if 1 < kv_heads >= tp:
+        kv_heads = tp + 1
     heads, channels = ratio * kv_heads, 4
     is_square = model.head_dim * model.num_attention_heads == model.hidden_size
     sizes = {

@@ -246,6 +246,9 @@ def load_stages(folder):
         mt.generate(model, torch.tensor([1]), 1)
     with pytest.raises(UserError, match="cut by an earlier run"):
         parallelize(model, mesh, TrainConfig())
+    model = build_model(model_of("llama", ParallelConfig(pp=2))).requires_grad_(False)
+    with pytest.raises(UserError, match=r"parallel\.pp: all of stage [01] is frozen; use fewer stages than pp=2"):
+        parallelize(model, mesh, TrainConfig())
     model = build_model(model_of("tied", ParallelConfig(pp=2)))
     model.extra = nn.Linear(3, 3)
     with pytest.raises(UserError, match=r"parallel\.pp: which stage has extra\?"):

@@ -46,6 +46,8 @@ def apply_pp(model: nn.Module, mesh: Mesh) -> None:
         model.embed_tokens = None
     if not is_last:
         model.norm = model.lm_head = None
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(f"parallel.pp: all of stage {stage.rank} is frozen; use fewer stages than pp={stage.size}")
 
 
 def _costs(model: nn.Module) -> list[int]:
