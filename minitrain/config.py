@@ -228,13 +228,6 @@ class Config:
                 "parallel.tp and ep: models that are cut cannot be saved yet; "
                 "set checkpoint.every = 0 and checkpoint.export = false"
             )
-        if self.parallel.pp > 1 and self.checkpoint.export:
-            raise UserError(
-                "parallel.pp: no stage has the whole model; set checkpoint.export = false, "
-                "tools/convert.py makes a Hugging Face folder of a checkpoint"
-            )
-        if self.parallel.pp > 1 and self.train.sample:
-            raise UserError("parallel.pp: no stage has the whole model; leave train.sample empty")
         if self.data.max_seqlen > self.model.max_position_embeddings:
             raise UserError(
                 f"data.max_seqlen={self.data.max_seqlen} is more than "

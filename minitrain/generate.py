@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from minitrain.batch import IGNORE, Batch
-from minitrain.parallel.pp import is_stage
+from minitrain.parallel.pp import link_of
 
 
 @torch.no_grad()
@@ -34,8 +34,6 @@ def generate(
         raise ValueError(f"generate: top_k={top_k}: must be at least 1, or None for all tokens")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"generate: top_p={top_p}: must be above 0 and at most 1, or None for all tokens")
-    if is_stage(model):
-        raise ValueError("generate: the model is one stage of a pipeline; tools/convert.py makes a whole one")
     stops = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or []
     generator = torch.Generator(prompt.device).manual_seed(seed)
     tokens = prompt.long()
@@ -43,7 +41,7 @@ def generate(
     # Lengths grow with every token: compiling for each would be slower than not.
     with torch.compiler.set_stance("force_eager"), _caches(model):
         for _ in range(max_new_tokens):
-            logits_V = model.lm_head(model(_continuation(new, past))[-1])
+            logits_V = link_of(model).last_logits(model, _continuation(new, past))
             past += len(new)
             new = _sample(logits_V.float(), temperature, top_k, top_p, generator)
             tokens = torch.cat([tokens, new])

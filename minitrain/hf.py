@@ -22,9 +22,10 @@ from minitrain.chat import find_template
 from minitrain.config import UserError
 from minitrain.models import MODELS, build_model, materialize, model_class
 from minitrain.models.layers import DecoderConfig
+from minitrain.parallel.comm import gather_objects, receive, send
 from minitrain.parallel.gather import read_whole
 from minitrain.parallel.mesh import is_first
-from minitrain.parallel.pp import is_stage
+from minitrain.parallel.pp import link_of
 from minitrain.storage import (
     Later,
     NewFolder,
@@ -291,14 +292,13 @@ def save_pretrained(
     elsewhere. After training on several ranks all of them call this, and rank 0 writes.
     chat_template: jinja2, in the place of the tokenizer's.
     """
-    if is_stage(model):
-        raise UserError(f"{folder}: the model is one stage of a pipeline; tools/convert.py makes it of a checkpoint")
     params = dict(model.named_parameters())
     read = read or (lambda name, e: _part(read_whole(params[name]), e))
     tensors = {
         hub: Later(p.dtype, p.shape if e is None else p.shape[1:], functools.partial(read, name, e))
         for hub, (name, p, e) in hub_parts(model).items()
     }
+    tensors = _of_all_stages(model, tensors)
     if not is_first():
         return send_pieces(tensors)
     config, folder = hub_config(model), Path(folder)
@@ -330,6 +330,34 @@ def save_pretrained(
         if not (tmp / "generation_config.json").exists():
             ids = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None}
             write_json(tmp / "generation_config.json", ids)
+
+
+def _of_all_stages(model: nn.Module, tensors: dict[str, Later]) -> dict[str, Later]:
+    """Of a pipeline: on the first rank those of the other stages too, which send each one there as they read it.
+
+    What an earlier stage has as well, a tied head, is that stage's.
+    """
+    pp, device = link_of(model).ahead, next(model.parameters()).device
+    of_stages = gather_objects({name: (t.dtype, t.shape) for name, t in tensors.items()}, pp)
+    earlier = set().union(*of_stages[: pp.rank])
+    tensors = {name: t for name, t in tensors.items() if name not in earlier}
+
+    def send_it(t):
+        send(t.read().contiguous(), 0, pp).wait()
+
+    def receive_it(stage, dtype, shape):
+        x = torch.empty(shape, dtype=dtype, device=device)
+        receive(x, stage, pp)
+        return x
+
+    if link_of(model).stage.rank > 0:  # takes part in what its stage gathers
+        return tensors
+    if pp.rank > 0:
+        return {name: Later(t.dtype, t.shape, functools.partial(send_it, t)) for name, t in tensors.items()}
+    for stage, of_stage in enumerate(of_stages):
+        for name, about in of_stage.items():
+            tensors.setdefault(name, Later(*about, functools.partial(receive_it, stage, *about)))
+    return tensors
 
 
 def _shards(tensors: dict[str, Later]) -> list[dict[str, Later]]:

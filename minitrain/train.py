@@ -28,7 +28,7 @@ from minitrain.parallel import compute_dtype, parallelize
 from minitrain.parallel.comm import sum_equal
 from minitrain.parallel.cp import share_tokens
 from minitrain.parallel.mesh import ALONE, Mesh, init_mesh
-from minitrain.parallel.pp import Link, schedule
+from minitrain.parallel.pp import link_of, schedule
 from minitrain.parallel.zero import shard_optimizer
 from minitrain.shards import chat_template
 from minitrain.signals import EXIT_CODE, StopSignals
@@ -125,11 +125,11 @@ def forward_backward(
     for a row's backward, in which gradients are summed over the ranks. In a pipeline a row's forward and backward lie
     apart; without one they follow each other.
     """
-    stage, link = mesh.group("pp"), Link(model, mesh)
+    link = link_of(model)
     sums, rows = {"": 0.0}, {}  # the loss and extras; rows between their forward and backward
-    for action, i in schedule(mesh.schedule, stage.rank, stage.size, len(batches)):
+    for action, i in schedule(mesh.schedule, link.ahead.rank, link.ahead.size, len(batches)):
         if action == "forward":
-            batches[i].share = stage.size / (len(batches) * mesh.size)  # ranks that share a row add up what they have
+            batches[i].share = link.ahead.size / (len(batches) * mesh.size)  # ranks that share a row add up theirs
             batch = share_tokens(batches[i], mesh.group("cp"))
             x_TD, y = link.forward(model, batch)
             if link.is_last:
@@ -146,7 +146,7 @@ def forward_backward(
     if link.is_last and mesh.group("data").size > 1:
         values = sum_equal(torch.stack(list(sums.values())), mesh.group("data"))
         sums = dict(zip(sums, values, strict=True))
-    extras = link.from_last(sums)
+    extras = link.from_last(model, sums)
     return extras.pop(""), extras
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from minitrain.data import PackedData
 from minitrain.parallel.mesh import Mesh
-from minitrain.parallel.pp import Link
+from minitrain.parallel.pp import link_of
 
 _UNIT = 2**-20  # nats; sums of whole numbers are the same in any order, and so for any number of ranks
 
@@ -19,7 +19,7 @@ def validate(model: nn.Module, data: PackedData, loss_fn: Callable, mesh: Mesh) 
 
     loss: mean over the tokens that are trained on, in nats. FloatingPointError if it is no number.
     """
-    results, link = [], Link(model, mesh)
+    results, link = [], link_of(model)
     for source, rows in data.held_out_rows().items():
         losses, tokens = [], 0
         for batch in rows:
@@ -31,7 +31,7 @@ def validate(model: nn.Module, data: PackedData, loss_fn: Callable, mesh: Mesh) 
         losses = torch.stack(losses).tolist() if losses else []
         if not math.isfinite(sum(losses)):
             raise FloatingPointError(f"validation on {source}: loss {sum(losses)}")
-        total = sum(round(loss / _UNIT) for loss in losses) * mesh.group("pp").size  # the other stages have none
+        total = sum(round(loss / _UNIT) for loss in losses) * link.ahead.size  # the other stages have none
         total, tokens = mesh.sum_rows(total), mesh.sum_rows(tokens)
         loss = total * _UNIT / max(1, tokens)
         perplexity = math.exp(loss) if loss < 700 else math.inf

@@ -59,7 +59,7 @@ def test_what_ranks_allocate_is_counted_exactly():
 
 
 def compare_stages():
-    cfg = tiny_run("", "", Qwen3Config(**TINY), data={"rows_per_step": 3}, checkpoint={"export": False})
+    cfg = tiny_run("", "", Qwen3Config(**TINY), data={"rows_per_step": 3})
     cfg.parallel, cfg.train.dtype = ParallelConfig(pp=2), "float32"
     mesh = init_mesh("cpu", cfg.parallel, cfg.model)
     model = parallelize(build_model(cfg.model, "cpu"), mesh, cfg.train)
@@ -72,7 +72,7 @@ def compare_stages():
 
 def test_of_stages_the_one_that_takes_most_counts():
     spawn(2, compare_stages)
-    flags = ["--data.rows_per_step=16", "--checkpoint.export=false", "--parallel.pp=4"]
+    flags = ["--data.rows_per_step=16", "--parallel.pp=4"]
     cfg = load_config(CONFIGS / "qwen3_8b.toml", flags, default_config)
     one = predict_memory(cfg, 4)
     cfg.parallel.pp_schedule = "gpipe"

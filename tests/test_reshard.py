@@ -38,8 +38,7 @@ def hold(name, run_dir, parallel, mesh, seed):
     model.to(torch.bfloat16).embed_tokens.requires_grad_(False)
     parallelize(model, mesh, TrainConfig())
     opt = shard_optimizer(model, OPTIMIZERS[name], mesh, parallel)
-    saving = CheckpointConfig(keep=10, export=False)
-    cfg = Config(MODELS["moe"], parallel=parallel, checkpoint=saving, run_dir=str(run_dir / name))
+    cfg = Config(MODELS["moe"], parallel=parallel, checkpoint=CheckpointConfig(keep=10), run_dir=str(run_dir / name))
     cfg.data.max_seqlen = 8
     return model, opt, Checkpointer(cfg, opt, itertools.repeat(None), mesh)
 

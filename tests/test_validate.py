@@ -70,7 +70,7 @@ def test_any_number_of_ranks_gives_the_same_numbers(sources, n):
     sums = []  # what each rank would add, in the order of the calls
 
     def run(rank, total):
-        mesh = SimpleNamespace(device=torch.device("cpu"), dp_rank=rank, dp_size=n, sum_rows=total, group=CPU.group)
+        mesh = SimpleNamespace(device=torch.device("cpu"), dp_rank=rank, dp_size=n, sum_rows=total)
         return validate(model, PackedData(cfg, mesh, 101), cross_entropy, mesh)
 
     for rank in range(n):

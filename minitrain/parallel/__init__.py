@@ -10,7 +10,7 @@ from minitrain.config import TrainConfig, UserError
 from minitrain.parallel.cp import apply_cp
 from minitrain.parallel.ep import apply_ep
 from minitrain.parallel.mesh import Mesh
-from minitrain.parallel.pp import apply_pp, is_stage
+from minitrain.parallel.pp import apply_pp
 from minitrain.parallel.recompute import KEEPS, recomputed
 from minitrain.parallel.tp import apply_tp
 
@@ -21,7 +21,7 @@ def parallelize(model: nn.Module, mesh: Mesh, cfg: TrainConfig) -> nn.Module:
     Before the model gets its weights if it is on meta, so that no rank ever has all of them. What an earlier call put
     on the model gives way, but for cuts of parameters: UserError.
     """
-    if is_stage(model) or any(hasattr(p, "cut_on") for p in model.parameters()):
+    if hasattr(model, "link") or any(hasattr(p, "cut_on") for p in model.parameters()):
         raise UserError("the weights of this model are cut by an earlier run with parallel.pp, tp or ep")
     _use_attention(model, mesh, cfg)
     if mesh.group("pp").size > 1:

@@ -77,14 +77,16 @@ def gather_equal(values: Tensor, group: Group) -> Tensor:
 
 def broadcast(values: Tensor, source: int, group: Group) -> None:
     """In place, from a rank of the group."""
-    dist.broadcast(values, group=group.handle, group_src=source)
+    if group.size > 1:
+        dist.broadcast(values, group=group.handle, group_src=source)
 
 
-def broadcast_names(names: list[str], source: int, group: Group) -> list[str]:
-    """On the hosts: no device waits."""
-    box = [names]
-    dist.broadcast_object_list(box, group=group.handle, group_src=source, device=torch.device("cpu"))
-    return box[0]
+def gather_objects(value, group: Group) -> list:
+    """What each rank has, on the hosts: no device waits."""
+    values = [value] * group.size
+    if group.size > 1:
+        dist.all_gather_object(values, value, group=group.handle)
+    return values
 
 
 def send(x: Tensor, to: int, group: Group) -> dist.Work:

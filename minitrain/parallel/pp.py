@@ -18,16 +18,11 @@ from torch import Tensor, nn
 
 from minitrain.batch import Batch
 from minitrain.config import UserError
-from minitrain.parallel.comm import broadcast, broadcast_names, receive, send
+from minitrain.parallel.comm import Group, broadcast, gather_objects, receive, send
 from minitrain.parallel.ddp import DENSE
-from minitrain.parallel.mesh import Mesh
+from minitrain.parallel.mesh import ALONE, Mesh
 
 _PARTS = {"embed_tokens", "layers", "norm", "lm_head"}
-
-
-def is_stage(model: nn.Module) -> bool:
-    """Whether the model is a part of a pipeline."""
-    return model.lm_head is None or "0" not in model.layers
 
 
 def apply_pp(model: nn.Module, mesh: Mesh) -> None:
@@ -48,6 +43,7 @@ def apply_pp(model: nn.Module, mesh: Mesh) -> None:
         model.norm = model.lm_head = None
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f"parallel.pp: all of stage {stage.rank} is frozen; use fewer stages than pp={stage.size}")
+    model.link = Link(mesh)
 
 
 def _costs(model: nn.Module) -> list[int]:
@@ -99,16 +95,15 @@ def schedule(kind: str, stage: int, stages: int, rows: int) -> list[tuple[str, i
 
 
 class Link:
-    """This stage's ends to the stages beside it, for a step; with one stage nothing passes.
+    """A stage's ends to the stages beside it; with one stage nothing passes.
 
     Each direction has a group of its own, so that over NCCL a message which waits holds up none of the other direction.
     """
 
-    def __init__(self, model: nn.Module, mesh: Mesh):
+    def __init__(self, mesh: Mesh):
         self.ahead, self.back = mesh.group("pp"), mesh.group("pp_back")
+        self.tp, self.stage = mesh.group("tp"), mesh.group("stage")
         self.is_first, self.is_last = self.ahead.rank == 0, self.ahead.rank == self.ahead.size - 1
-        self.width, self.tp = model.config.hidden_size, mesh.group("tp").size
-        self.like = next(model.parameters())
         self.under_way = []  # messages, and their tensors
 
     def forward(self, model: nn.Module, batch: Batch) -> tuple[Tensor | None, Tensor]:
@@ -119,8 +114,8 @@ class Link:
         if self.is_first:
             x_TD, y_TD = None, model(batch)
         else:
-            T = -(-len(batch.tokens) // self.tp)  # between blocks ranks of tp share the tokens
-            x_TD = torch.empty(T, self.width, dtype=self.like.dtype, device=batch.tokens.device)
+            T = -(-len(batch.tokens) // self.tp.size)  # between blocks ranks of tp share the tokens
+            x_TD = _empty(model, T, model.config.hidden_size)
             receive(x_TD, self.ahead.rank - 1, self.ahead)
             y_TD = model(batch, x_TD.requires_grad_(torch.is_grad_enabled()))
         if not self.is_last:
@@ -137,9 +132,9 @@ class Link:
         if not self.is_first:
             self._send(x_TD.grad, self.back.rank - 1, self.back)
 
-    def _send(self, x_TD: Tensor, to: int, group) -> None:
-        x_TD = x_TD.contiguous()
-        self.under_way.append((send(x_TD, to, group), x_TD))
+    def _send(self, x: Tensor, to: int, group: Group) -> None:
+        x = x.contiguous()
+        self.under_way.append((send(x, to, group), x))
 
     def finish(self) -> None:
         """Until all that was sent has been taken."""
@@ -147,14 +142,31 @@ class Link:
             message.wait()
         self.under_way.clear()
 
-    def from_last(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
+    def from_last(self, model: nn.Module, named: dict[str, Tensor]) -> dict[str, Tensor]:
         """Scalars that the last stage has, on every stage."""
         if self.ahead.size == 1:
             return named
-        names = broadcast_names(list(named), self.ahead.size - 1, self.ahead)
-        wide = torch.promote_types(self.like.dtype, torch.float32)
-        values = torch.empty(len(names), dtype=wide, device=self.like.device)
+        names = gather_objects(list(named), self.ahead)[-1]
+        values = _empty(model, len(names))
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
         if self.is_last:
             values.copy_(torch.stack(list(named.values())))
         broadcast(values, self.ahead.size - 1, self.ahead)
         return dict(zip(names, values, strict=True))
+
+    def last_logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(V,), of the row's last token, on every stage."""
+        _, hidden_TD = self.forward(model, batch)
+        logits_V = model.lm_head(hidden_TD[-1]) if self.is_last else _empty(model, model.config.vocab_size)
+        broadcast(logits_V, self.ahead.size - 1, self.ahead)
+        self.finish()
+        return logits_V
+
+
+def link_of(model: nn.Module) -> Link:
+    """Of one stage, where the model is whole."""
+    return getattr(model, "link", None) or Link(ALONE)
+
+
+def _empty(model: nn.Module, *shape: int) -> Tensor:
+    return next(model.parameters()).new_empty(shape)
