@@ -347,7 +347,8 @@ def _run_tyro(schema, flags) -> Config:
                 schema,
                 args=flags,
                 prog="python -m minitrain [--config FILE.toml]",
-                description="Train a model. Settings of the file and of the command line are the same; the latter win. "
+                description="Train a model, or with --prove compare its layout on these ranks with one process. "
+                "Settings of the file and of the command line are the same; the latter win. "
                 "Other architectures have settings of their own: to see them, name one as model.type.",
                 config=(tyro.conf.FlagConversionOff,),
                 use_underscores=True,

@@ -211,7 +211,8 @@ def prove(cfg: Config) -> bool:
         of_control = differences(run(without, steps[:1]), expected[0], mesh)
         worst = max(of_control, key=of_control.get)
         caught.append(of_control[worst] > _TOLERANCE[dtype])
-        text = f"{worst} differs by {of_control[worst]:.1e}"
+        much = f"differs by {of_control[worst]:.1e}"
+        text = f"{worst} {much if of_control[worst] < torch.inf else 'is missing, no number or not alike on all ranks'}"
         say(f"  {name:<50}  {'caught' if caught[-1] else 'NOT CAUGHT'}: {text}")
     worst = max(found.values())
     is_proven = worst <= _TOLERANCE[dtype] and all(caught)

@@ -28,7 +28,7 @@ from minitrain.parallel import compute_dtype, parallelize
 from minitrain.parallel.comm import sum_equal
 from minitrain.parallel.cp import share_tokens
 from minitrain.parallel.mesh import ALONE, Mesh, init_mesh
-from minitrain.parallel.pp import link_of, schedule
+from minitrain.parallel.pp import link_of
 from minitrain.parallel.zero import shard_optimizer
 from minitrain.shards import chat_template
 from minitrain.signals import EXIT_CODE, StopSignals
@@ -127,7 +127,7 @@ def forward_backward(
     """
     link = link_of(model)
     sums, rows = {"": 0.0}, {}  # the loss and extras; rows between their forward and backward
-    for action, i in schedule(mesh.schedule, link.ahead.rank, link.ahead.size, len(batches)):
+    for action, i in link.actions(len(batches)):
         if action == "forward":
             batches[i].share = link.ahead.size / (len(batches) * mesh.size)  # ranks that share a row add up theirs
             batch = share_tokens(batches[i], mesh.group("cp"))

@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import TINY, read_metrics, spawn, tiny_run, write_corpus
 from safetensors.torch import load_file
 from test_axes import MODELS, check, errors, model_of, write_expected
@@ -224,11 +225,15 @@ def test_more_stages_than_layers_are_refused():
     assert objections(ParallelConfig(pp=3), 3, MODELS["tied"]) == ["parallel.pp=3 is more than num_hidden_layers=2"]
 
 
-def look_at_extras(cfg):
+def look_at_extras_and_ends(cfg):
     seen = []
-    mt.train(cfg, loss_fn=z_loss, on_step=lambda step, model, extras: seen.append((step, *extras.keys())))
-    assert seen == [(1, "cross_entropy", "z"), (2, "cross_entropy", "z")]
+    model = mt.train(cfg, loss_fn=z_loss, on_step=lambda step, model, extras: seen.append([*extras]))
+    assert seen == [["cross_entropy", "z"]] * 5
+    ends = [None] * 2
+    dist.all_gather_object(ends, model.embed_tokens.weight.detach())
+    assert ends[0].equal(ends[1])
 
 
-def test_every_stage_knows_the_extras_of_the_loss(corpus, tmp_path):
-    spawn(2, look_at_extras, tiny_run(corpus, tmp_path / "run", train={"steps": 2}, parallel={"pp": 2}))
+def test_every_stage_knows_the_extras_of_the_loss_and_a_tied_matrix_stays_the_same_to_the_bit(corpus, tmp_path):
+    train = {"steps": 5, "dtype": "bfloat16"}
+    spawn(2, look_at_extras_and_ends, tiny_run(corpus, tmp_path / "run", train=train, parallel={"pp": 2}))

@@ -1,9 +1,9 @@
 """Pipeline parallel: each rank of "pp" is a stage, with some neighbouring blocks; rows follow each other through it.
 
     1F1B, three stages, four rows: a digit is a row's forward, a letter its backward
-    stage 0    0 1 2     a 3   b     c     d
-    stage 1      0 1   a 2   b 3   c     d
-    stage 2        0 a 1   b 2   c 3   d
+    stage 0    0 1 2 . . a 3 b . c . d
+    stage 1    . 0 1 . a 2 b 3 c . d .
+    stage 2    . . 0 a 1 b 2 c 3 d . .
 
 Hidden states go to the next stage and their gradients back, nothing else: each stage has the rows' tokens, and losses
 of routers ride on the hidden states. Where the head is the embedding both ends have the matrix: their gradients are
@@ -102,9 +102,13 @@ class Link:
 
     def __init__(self, mesh: Mesh):
         self.ahead, self.back = mesh.group("pp"), mesh.group("pp_back")
-        self.tp, self.stage = mesh.group("tp"), mesh.group("stage")
+        self.tp, self.stage, self.schedule = mesh.group("tp"), mesh.group("stage"), mesh.schedule
         self.is_first, self.is_last = self.ahead.rank == 0, self.ahead.rank == self.ahead.size - 1
         self.under_way = []  # messages, and their tensors
+
+    def actions(self, rows: int) -> list[tuple[str, int]]:
+        """Of this stage in a step."""
+        return schedule(self.schedule, self.ahead.rank, self.ahead.size, rows)
 
     def forward(self, model: nn.Module, batch: Batch) -> tuple[Tensor | None, Tensor]:
         """-> hidden states of the stage before (None on the first), and what the model makes of them.
