@@ -136,15 +136,14 @@ def twin(model, parallel: ParallelConfig):
     """A small config of the same structure; sizes that ranks cut are prime, or one more than the ranks."""
     pp, tp, ep = parallel.pp, parallel.tp, parallel.ep
     ratio = model.num_attention_heads // model.num_key_value_heads
-    kv_heads = model.num_key_value_heads
-    if 1 < kv_heads >= tp:
-        kv_heads = tp + 1
+    are_whole = model.num_key_value_heads == 1 or model.num_key_value_heads < tp  # key heads, on some or all ranks
+    kv_heads = model.num_key_value_heads if are_whole else tp + 1
     heads, channels = ratio * kv_heads, 4
     is_square = model.head_dim * model.num_attention_heads == model.hidden_size
     sizes = {
         "pretrained": "",
         "vocab_size": 101,
-        "hidden_size": heads * channels if is_square else 22 + 2 * (heads * channels == 22),
+        "hidden_size": heads * channels if is_square else 22,
         "intermediate_size": 67,
         "num_hidden_layers": pp + 1,
         "num_attention_heads": heads,
@@ -188,7 +187,7 @@ def prove(cfg: Config) -> bool:
     if mesh.size == 1:
         raise UserError("--prove compares a layout with one process; start its ranks: torchrun --nproc-per-node N ...")
     dtype = "float64" if mesh.device.type == "cpu" else "float32"
-    train = dataclasses.replace(cfg.train, dtype=dtype, attention="auto")
+    train = dataclasses.replace(cfg.train, dtype=dtype, attention="sdpa")  # which takes any dtype and head
     parallel = dataclasses.replace(cfg.parallel, reduce_dtype="float32")
     small = dataclasses.replace(cfg, model=twin(cfg.model, parallel), train=train, parallel=parallel)
     tokens, num_rows = tokens_of_a_row(parallel), (parallel.pp + 1) * mesh.dp_size

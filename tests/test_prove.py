@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import spawn, tiny_run
 
 from minitrain.config import ParallelConfig, UserError, to_toml
@@ -60,11 +61,24 @@ def prove_each(cfgs, path, are_right):
 
 def test_layouts_are_proven_and_every_control_is_caught(tmp_path):
     cfgs = [tiny(MODELS["tied"], tp=2), tiny(MODELS["moe"], ep=2, zero=3), tiny(MODELS["llama"], cp=2, zero=2)]
+    cfgs += [tiny(MODELS["tied"], pp=2, zero=1)]
     spawn(2, prove_each, cfgs, tmp_path / "said", True)
     said = (tmp_path / "said").read_text()
     assert "2 ranks: pp 1, dp 1, cp 1, tp 2, ep 1, zero 0; cpu, float64" in said
-    assert said.count("\nPROVEN: ") == 3 and "NOT" not in said
-    assert said.count(" caught: ") == 2 + 2 + 2  # norm and: norms' weights under tp, dense ones under ep and cp
+    assert said.count("\nPROVEN: ") == 4 and "NOT" not in said
+    assert said.count(" caught: ") == 2 + 2 + 2 + 2  # norm, and: norms under tp, dense ones under ep and cp, tied ends
+
+
+@pytest.mark.gpu
+def test_layouts_are_proven_on_gpus(tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    layouts = {"tied": {"pp": 2, "zero": 3}, "moe": {"ep": 2, "zero": 3}, "llama": {"cp": 2}, "one key head": {"tp": 2}}
+    cfgs = [tiny(MODELS[name], **sizes) for name, sizes in layouts.items()]
+    for cfg in cfgs:
+        cfg.train = dataclasses.replace(cfg.train, device="cuda", compile="off")
+    spawn(2, prove_each, cfgs, tmp_path / "said", True, device="cuda")
+    assert (tmp_path / "said").read_text().count("cuda, float32") == 4
 
 
 def prove_wrongly(cfg, path):
