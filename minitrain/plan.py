@@ -5,6 +5,7 @@ keeps for its backward: the input of every matrix product and of attention, once
 The CUDA context, NCCL and what the allocator loses are not counted.
 """
 
+import itertools
 from dataclasses import dataclass, fields
 
 import torch
@@ -15,7 +16,7 @@ from minitrain.models import build_model
 from minitrain.parallel.comm import Group
 from minitrain.parallel.ddp import DENSE, make_units, row_buffers
 from minitrain.parallel.mesh import Mesh
-from minitrain.parallel.pp import apply_pp
+from minitrain.parallel.pp import apply_pp, schedule
 
 _WIDE = 4  # bytes of fp32: masters, their gradients, moments
 
@@ -60,11 +61,12 @@ def _of_stage(cfg: Config, ranks: int, stage: Group) -> Memory:
     zero = parallel.zero if shards > 1 else 0
     model = build_model(cfg.model)
     kinds = dict.fromkeys((DENSE, (*DENSE, "ends")), (Group(size=shards), Group()))
-    mesh = Mesh(torch.device("meta"), groups={"pp": stage}, shardings=kinds)
+    mesh = Mesh(torch.device("meta"), groups={"pp": stage}, shardings=kinds, parts=parallel.pp_parts)
     if stage.size > 1:
         apply_pp(model, mesh)
-    rows = max(1, cfg.data.rows_per_step // ranks)
-    rows = rows if parallel.pp_schedule == "gpipe" and stage.size > 1 else min(rows, stage.size - stage.rank)
+    rows = max(1, cfg.data.rows_per_step // ranks) if stage.size > 1 else 1
+    actions = schedule(parallel.pp_schedule, stage.rank, stage.size, rows, parallel.pp_parts)
+    under_way = max(itertools.accumulate(1 if action == "forward" else -1 for action, *_ in actions))
     units = make_units(model, mesh)
     whole = sum(unit.numel for unit in units.values()) if is_flat else sum(p.numel() for p in model.parameters())
     shard = whole // shards
@@ -85,7 +87,7 @@ def _of_stage(cfg: Config, ranks: int, stage: Group) -> Memory:
         weights=width * (shard if gathers else whole),
         gradients=(width if one_row else _WIDE) * (shard if zero >= 2 else whole),
         states=_WIDE * states,
-        activations=rows * len(model.layers) * kept,
+        activations=under_way * len(model.layers) // parallel.pp_parts * kept,
         loss=_loss_bytes(cfg.model, T, width) if model.lm_head is not None else 0,
         block=2 * whole_block - kept,
         buffers=buffers,

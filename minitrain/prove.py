@@ -145,7 +145,7 @@ def twin(model, parallel: ParallelConfig):
         "vocab_size": 101,
         "hidden_size": heads * channels if is_square else 22,
         "intermediate_size": 67,
-        "num_hidden_layers": pp + 1,
+        "num_hidden_layers": pp * parallel.pp_parts + 1,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": channels,

@@ -8,7 +8,7 @@ from torch import nn
 
 from minitrain.data import PackedData
 from minitrain.parallel.mesh import Mesh
-from minitrain.parallel.pp import link_of
+from minitrain.parallel.pp import link_of, parts_of, run
 
 _UNIT = 2**-20  # nats; sums of whole numbers are the same in any order, and so for any number of ranks
 
@@ -19,19 +19,18 @@ def validate(model: nn.Module, data: PackedData, loss_fn: Callable, mesh: Mesh) 
 
     loss: mean over the tokens that are trained on, in nats. FloatingPointError if it is no number.
     """
-    results, link = [], link_of(model)
+    results, is_last = [], link_of(parts_of(model)[-1]).is_last  # of a pipeline's stages
     for source, rows in data.held_out_rows().items():
         losses, tokens = [], 0
         for batch in rows:
-            _, hidden_TD = link.forward(model, batch)
-            if link.is_last:  # of a pipeline's stages
+            hidden_TD = run(model, batch)
+            if is_last:
                 losses.append(loss_fn(hidden_TD, model.lm_head, batch)[0].double())
             tokens += batch.num_targets
-        link.finish()
         losses = torch.stack(losses).tolist() if losses else []
         if not math.isfinite(sum(losses)):
             raise FloatingPointError(f"validation on {source}: loss {sum(losses)}")
-        total = sum(round(loss / _UNIT) for loss in losses) * link.ahead.size  # the other stages have none
+        total = sum(round(loss / _UNIT) for loss in losses) * link_of(model).ahead.size  # the other stages have none
         total, tokens = mesh.sum_rows(total), mesh.sum_rows(tokens)
         loss = total * _UNIT / max(1, tokens)
         perplexity = math.exp(loss) if loss < 700 else math.inf

@@ -47,7 +47,7 @@ MODELS["starved"] = MODELS["moe"]
 
 def model_of(name, parallel):
     """Of one layer more than stages, which is uneven."""
-    return dataclasses.replace(MODELS[name], num_hidden_layers=parallel.pp + 1)
+    return dataclasses.replace(MODELS[name], num_hidden_layers=parallel.pp * parallel.pp_parts + 1)
 
 
 def loss_fn(hidden_TD, head, batch):
@@ -84,7 +84,7 @@ def write_expected(folder, cases, **options):
 
 
 def file_of(folder, name, parallel):
-    return folder / f"{name}-{parallel.pp}-{tokens_of_a_row(parallel)}"
+    return folder / f"{name}-{parallel.pp * parallel.pp_parts}-{tokens_of_a_row(parallel)}"
 
 
 def errors(name, parallel, folder, spoil_mesh=lambda mesh: mesh, **options):

@@ -29,26 +29,27 @@ SCHEDULES = ("1f1b", "gpipe")
 # ---- schedules
 
 
-def simulate(kind, stages, rows, forward=1, backward=2):
+def simulate(kind, stages, rows, parts=1, forward=1, backward=2):
     """Every stage does its actions in order, each as soon as what it needs is there. -> (time of all, the most rows
     under way on each stage); AssertionError if they wait for each other."""
-    plans = [schedule(kind, stage, stages, rows) for stage in range(stages)]
+    plans = [schedule(kind, stage, stages, rows, parts) for stage in range(stages)]
     at, clocks, ended, most = [0] * stages, [0] * stages, {}, [0] * stages
     while any(at[stage] < len(plan) for stage, plan in enumerate(plans)):
         moved = False
         for stage, plan in enumerate(plans):
             while at[stage] < len(plan):
-                action, row = plan[at[stage]]
-                neighbour = stage - 1 if action == "forward" else stage + 1
-                needs = [(neighbour, action, row)] if 0 <= neighbour < stages else []
-                needs += [(stage, "forward", row)] if action == "backward" else []
+                action, row, part = plan[at[stage]]
+                place = part * stages + stage
+                neighbour = place - 1 if action == "forward" else place + 1
+                needs = [(neighbour, action, row)] if 0 <= neighbour < stages * parts else []
+                needs += [(place, "forward", row)] if action == "backward" else []
                 if not all(need in ended for need in needs):
                     break
                 begin = max([clocks[stage], *(ended[need] for need in needs)])
                 clocks[stage] = begin + (forward if action == "forward" else backward)
-                ended[stage, action, row] = clocks[stage]
+                ended[place, action, row] = clocks[stage]
                 at[stage] += 1
-                under_way = sum(1 if done == "forward" else -1 for done, _ in plan[: at[stage]])
+                under_way = sum(1 if done == "forward" else -1 for done, *_ in plan[: at[stage]])
                 most[stage] = max(most[stage], under_way)
                 moved = True
         assert moved, "the stages wait for each other"
@@ -62,14 +63,32 @@ def test_a_schedule_ends_after_the_bubble_that_it_must_have(kind, stages, rows):
     time, most = simulate(kind, stages, rows)
     assert time == (rows + stages - 1) * 3
     assert most == [rows if kind == "gpipe" else min(rows, stages - stage) for stage in range(stages)]
-    for stage in range(stages):
-        actions = schedule(kind, stage, stages, rows)
-        for action in ("forward", "backward"):  # that the last row's backward is the last one, Gradients relies on
-            assert [row for what, row in actions if what == action] == list(range(rows))
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4, 8])
+@pytest.mark.parametrize("parts", [2, 3, 4])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 16, 23])
+def test_with_parts_stages_wait_for_less_by_their_number(stages, parts, rows):
+    time, most = simulate("1f1b", stages, rows, parts)
+    assert time == (rows * parts + stages - 1) * 3 or rows < stages
+    assert max(most) <= stages * 2 + (parts - 1) * (2 * stages - 1)
+
+
+@pytest.mark.parametrize("kind, parts", [("gpipe", 1), ("1f1b", 1), ("1f1b", 3)])
+def test_messages_arrive_in_the_order_in_which_they_are_taken(kind, parts):
+    """And the last row's backward is the last one through each part, on which Gradients relies."""
+    plans = [schedule(kind, stage, 4, 11, parts) for stage in range(4)]
+    for action in ("forward", "backward"):
+        order = [[(row, part) for what, row, part in plan if what == action] for plan in plans]
+        assert order == order[:1] * 4
+        for part in range(parts):
+            assert [row for row, p in order[0] if p == part] == list(range(11))
+        before = [(row, part + 1) for row, part in order[0] if part < parts - 1]  # around, to the next part
+        assert before == [(row, part) for row, part in order[0] if part]
 
 
 def test_one_stage_does_a_row_after_the_other():
-    assert schedule("1f1b", 0, 1, 2) == [("forward", 0), ("backward", 0), ("forward", 1), ("backward", 1)]
+    assert schedule("1f1b", 0, 1, 2) == [("forward", 0, 0), ("backward", 0, 0), ("forward", 1, 0), ("backward", 1, 0)]
 
 
 # ---- stages
@@ -96,7 +115,7 @@ def test_the_costliest_stage_costs_as_little_as_can_be(costs, stages, lengths):
 
 
 def test_two_stages_equal_one_process(tmp_path):
-    check(2, [ParallelConfig(pp=2)], tmp_path, num_rows=3)
+    check(2, [ParallelConfig(pp=2), ParallelConfig(pp=2, pp_parts=2, zero=3)], tmp_path, num_rows=3)
 
 
 @pytest.mark.slow
@@ -110,6 +129,18 @@ def test_two_stages_equal_one_process_for_any_number_of_rows(kind, rows, tmp_pat
 @pytest.mark.parametrize("ranks, rows", [(3, 1), (3, 5), (4, 1), (4, 6)])
 def test_more_stages_equal_one_process(ranks, rows, tmp_path):
     check(ranks, [ParallelConfig(pp=ranks, pp_schedule=kind) for kind in SCHEDULES], tmp_path, num_rows=rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, rows", [(2, 1), (2, 4), (2, 5), (3, 7)])
+def test_stages_of_parts_equal_one_process(ranks, rows, tmp_path):
+    check(ranks, [ParallelConfig(pp=ranks, pp_parts=parts) for parts in (2, 3)], tmp_path, num_rows=rows)
+
+
+@pytest.mark.slow
+def test_stages_of_parts_and_another_axis_equal_one_process(tmp_path):
+    layouts = [{}, {"tp": 2}, {"cp": 2}, {"ep": 2}, {"zero": 2}]
+    check(4, [ParallelConfig(pp=2, pp_parts=2, **sizes) for sizes in layouts], tmp_path)
 
 
 @pytest.mark.slow

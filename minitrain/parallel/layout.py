@@ -10,6 +10,8 @@ def objections(cfg: ParallelConfig, ranks: int, model=None) -> list[str]:
     """
     pp, tp, cp, ep, within = cfg.pp, cfg.tp, cfg.cp, cfg.ep, cfg.shard_within
     reasons = []
+    if cfg.pp_parts > 1 and (pp == 1 or cfg.pp_schedule != "1f1b"):
+        reasons.append(f'pp_parts={cfg.pp_parts} needs several stages and pp_schedule="1f1b"')
     if ranks % (pp * tp * cp):
         reasons.append(f"pp * tp * cp = {pp * tp * cp} does not divide WORLD_SIZE={ranks}")
     data = max(1, ranks // (pp * tp * cp)) * cp
@@ -21,14 +23,15 @@ def objections(cfg: ParallelConfig, ranks: int, model=None) -> list[str]:
     if within % ep:
         reasons.append(f"shard_within={within} is not a multiple of ep={ep}")
     if model is not None:
-        reasons += _objections_of_model(pp, tp, ep, model)
+        reasons += _objections_of_model(pp, cfg.pp_parts, tp, ep, model)
     return [f"parallel.{reason}" for reason in reasons]
 
 
-def _objections_of_model(pp, tp, ep, model):
+def _objections_of_model(pp, parts, tp, ep, model):
     reasons = []
-    if pp > model.num_hidden_layers:
-        reasons.append(f"pp={pp} is more than num_hidden_layers={model.num_hidden_layers}")
+    if pp * parts > model.num_hidden_layers:
+        name = "pp" if parts == 1 else "pp * pp_parts"
+        reasons.append(f"{name}={pp * parts} is more than num_hidden_layers={model.num_hidden_layers}")
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
     if tp > kv_heads and (tp % kv_heads or heads % tp):
         reasons.append(

@@ -46,7 +46,7 @@ class Mesh:
     """groups: by axis, "world", "stage", "data" (dp x cp) and others; a name that is not there is a group of one.
 
     shardings: of each kind of parameter, by its grad_sum_on, the groups shard and replica: it is summed over both.
-    schedule: of a pipeline's stages.
+    schedule, parts: of a pipeline's stages.
     """
 
     device: torch.device
@@ -58,6 +58,7 @@ class Mesh:
     shardings: dict[tuple[str, ...], tuple[Group, Group]] = field(default_factory=dict)
     timeout_s: int = ParallelConfig.timeout_s
     schedule: str = ParallelConfig.pp_schedule
+    parts: int = ParallelConfig.pp_parts
 
     def group(self, name: str) -> Group:
         return self.groups.get(name, Group())
@@ -143,7 +144,8 @@ def init_mesh(device: str, cfg: ParallelConfig | None = None, model=None) -> Mes
         _join(rank, size, "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", cfg.timeout_s)
     groups, shardings = _make_groups(rank, size, cfg, model, timedelta(seconds=2 * cfg.timeout_s))
     dp = groups["dp"]
-    return Mesh(torch.device(device), rank, size, dp.rank, dp.size, groups, shardings, cfg.timeout_s, cfg.pp_schedule)
+    pipeline = cfg.pp_schedule, cfg.pp_parts
+    return Mesh(torch.device(device), rank, size, dp.rank, dp.size, groups, shardings, cfg.timeout_s, *pipeline)
 
 
 def _make_groups(rank: int, size: int, cfg: ParallelConfig, model, timeout: timedelta):
@@ -157,23 +159,24 @@ def _make_groups(rank: int, size: int, cfg: ParallelConfig, model, timeout: time
     fine = {"pp": cfg.pp, **fine}
     made = {}
 
-    def group(grid: dict[str, int], names: Collection[str], stages: slice = slice(None), again: bool = False) -> Group:
-        """Ranks of these stages that differ in these dimensions only; again: by connections of their own."""
+    def group(grid: dict[str, int], names: Collection[str], stages: slice = slice(None), wires: str = "") -> Group:
+        """Ranks of these stages that differ in these dimensions only; wires: connections of their own have a name."""
         across = [i for i, name in enumerate(grid) if name not in names]
         along = [i for i, name in enumerate(grid) if name in names]
         ranks = torch.arange(size).view(*grid.values())[stages].permute(across + along)
         rows = list(map(tuple, ranks.reshape(-1, math.prod(ranks.shape[len(across) :])).tolist()))
         for row in rows:
-            if len(row) > 1 and (row, again) not in made:
-                is_world = len(row) == size and not again
-                made[row, again] = dist.group.WORLD if is_world else dist.new_group(row, timeout)
+            if len(row) > 1 and (row, wires) not in made:
+                is_world = len(row) == size and not wires
+                made[row, wires] = dist.group.WORLD if is_world else dist.new_group(row, timeout)
         mine = next((row for row in rows if rank in row), (rank,))  # of other stages: alone
-        return Group(mine.index(rank), len(mine), made.get((mine, again)))
+        return Group(mine.index(rank), len(mine), made.get((mine, wires)))
 
     groups = {"world": group(axes, axes), "stage": group(axes, ("dp", "cp", "tp")), "data": group(axes, ("dp", "cp"))}
     groups |= {name: group(axes, (name,)) for name in axes}
     groups |= {"ends": group(axes, ("pp",), slice(None, None, max(1, cfg.pp - 1)))}
-    groups |= {"pp_back": group(axes, ("pp",), again=True)}
+    wires = ("pp_back", "pp_around", "pp_back_around") if cfg.pp_parts > 1 else ("pp_back",)
+    groups |= {name: group(axes, ("pp",), wires=name) for name in wires}
     groups |= {name: group(fine, (name,)) for name in ("ep", "kv", "kv_copies")}
     shardings = {}
     for axes_of_kind, dims in GRAD_SUMS.items():

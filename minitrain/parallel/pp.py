@@ -11,7 +11,9 @@ summed at the end of a step (ddp.py), so the copies stay equal. GPipe: Huang et 
 Narayanan et al. 2019, PipeDream, doi:10.1145/3341301.3359646.
 """
 
+import copy
 import functools
+import itertools
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +33,9 @@ def apply_pp(model: nn.Module, mesh: Mesh) -> None:
         raise UserError(f"parallel.pp: which stage has {others[0]}? It knows {', '.join(sorted(_PARTS))} only")
     stage = mesh.group("pp")
     is_last, is_tied = stage.rank == stage.size - 1, model.lm_head.weight is model.embed_tokens.weight
-    mine = share_blocks(_costs(model), stage.size)[stage.rank]
+    parts = share_blocks(_costs(model), stage.size * mesh.parts)[stage.rank :: stage.size]
     for i, name in enumerate(list(model.layers)):
-        if i not in mine:
+        if not any(i in part for part in parts):
             del model.layers[name]
     if is_tied:
         model.embed_tokens.weight.grad_sum_on = (*DENSE, "ends")
@@ -44,6 +46,21 @@ def apply_pp(model: nn.Module, mesh: Mesh) -> None:
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f"parallel.pp: all of stage {stage.rank} is frozen; use fewer stages than pp={stage.size}")
     model.link = Link(mesh)
+    if mesh.parts > 1:
+        model.parts = [_part(model, blocks, Link(mesh, i)) for i, blocks in enumerate(parts)]
+
+
+def _part(model: nn.Module, blocks: range, link: "Link") -> nn.Module:
+    """The model as if it had these blocks only: the same modules and hooks."""
+    part = copy.copy(model)
+    part._modules = dict(model._modules)
+    part.layers = nn.ModuleDict({str(i): model.layers[str(i)] for i in blocks})
+    part.link = link
+    if not link.is_first and not link.is_last:
+        part.embed_tokens = None
+    if not link.is_last:
+        part.norm = part.lm_head = None
+    return part
 
 
 def _costs(model: nn.Module) -> list[int]:
@@ -77,38 +94,53 @@ def share_blocks(costs: list[int], stages: int) -> list[range]:
         return min(found)  # of equal ones the one with less on early stages, which keep more rows
 
     ends = best(0, stages)[1]
-    return [range(begin, end) for begin, end in zip((0, *ends), ends, strict=False)]
+    return list(itertools.starmap(range, itertools.pairwise((0, *ends))))
 
 
-def schedule(kind: str, stage: int, stages: int, rows: int) -> list[tuple[str, int]]:
-    """What a stage does in a step: ("forward", row) and ("backward", row), each row once.
+def schedule(kind: str, stage: int, stages: int, rows: int, parts: int = 1) -> list[tuple[str, int, int]]:
+    """What a stage does in a step: ("forward", row, part) and ("backward", row, part), each once.
 
-    gpipe: all forwards first. 1f1b: a backward as soon as it can be; stages - stage rows are under way at most. Both
-    wait for stages - 1 rows in all. With one stage each row's backward follows its forward.
+    gpipe: all forwards first. 1f1b: a backward as soon as it can be. Both wait for stages - 1 rows in all, of parts for
+    (stages - 1) / parts: rows go in groups of at least `stages` through one part after the other, so that a row is back
+    from the last stage when its turn comes. With one stage each row's backward follows its forward. Parts: Narayanan et
+    al. 2021, arXiv:2104.04473, for any number of rows.
     """
-    actions, forwards = [], 0
-    for row in range(rows):
-        until = rows if kind == "gpipe" else min(rows, row + stages - stage)
-        actions += [("forward", i) for i in range(forwards, until)] + [("backward", row)]
-        forwards = until
+    num_groups = max(1, rows // stages)
+    ends = [rows * i // num_groups for i in range(num_groups + 1)]
+    groups = [range(begin, end) for begin, end in itertools.pairwise(ends)]
+    forwards = [(row, part) for group in groups for part in range(parts) for row in group]
+    backwards = [(row, part) for group in groups for part in reversed(range(parts)) for row in group]
+    ahead = (stages - stage - 1) * (1 if parts == 1 else 2) + (parts - 1) * max(map(len, groups))
+    actions, done = [], 0
+    for i, backward in enumerate(backwards):
+        until = len(forwards) if kind == "gpipe" else min(len(forwards), i + ahead + 1)
+        actions += [("forward", *forward) for forward in forwards[done:until]] + [("backward", *backward)]
+        done = until
     return actions
 
 
 class Link:
-    """A stage's ends to the stages beside it; with one stage nothing passes.
+    """Between a part of this stage and the parts before and after it, on the neighbours; with one stage nothing passes.
 
-    Each direction has a group of its own, so that over NCCL a message which waits holds up none of the other direction.
+    Each direction has a group of its own, and so has the way around from the last stage to the first one's next part:
+    what waits in one of them holds up none of the others, over NCCL too, and the parts' messages stay in order.
     """
 
-    def __init__(self, mesh: Mesh):
-        self.ahead, self.back = mesh.group("pp"), mesh.group("pp_back")
-        self.tp, self.stage, self.schedule = mesh.group("tp"), mesh.group("stage"), mesh.schedule
-        self.is_first, self.is_last = self.ahead.rank == 0, self.ahead.rank == self.ahead.size - 1
+    def __init__(self, mesh: Mesh, part: int = 0):
+        self.ahead, self.tp, self.stage = mesh.group("pp"), mesh.group("tp"), mesh.group("stage")
+        self.schedule, self.parts = mesh.schedule, mesh.parts
+        rank, stages = self.ahead.rank, self.ahead.size
+        self.is_first, self.is_last = (part, rank) == (0, 0), (part, rank) == (mesh.parts - 1, stages - 1)
+        self.before, self.after = (rank - 1) % stages, (rank + 1) % stages
+        ways = mesh.group("pp"), mesh.group("pp_back")
+        around = mesh.group("pp_around"), mesh.group("pp_back_around")
+        self.from_before, self.to_before = around if rank == 0 else ways
+        self.to_after, self.from_after = around if rank == stages - 1 else ways
         self.under_way = []  # messages, and their tensors
 
-    def actions(self, rows: int) -> list[tuple[str, int]]:
+    def actions(self, rows: int) -> list[tuple[str, int, int]]:
         """Of this stage in a step."""
-        return schedule(self.schedule, self.ahead.rank, self.ahead.size, rows)
+        return schedule(self.schedule, self.ahead.rank, self.ahead.size, rows, self.parts)
 
     def forward(self, model: nn.Module, batch: Batch) -> tuple[Tensor | None, Tensor]:
         """-> hidden states of the stage before (None on the first), and what the model makes of them.
@@ -120,10 +152,10 @@ class Link:
         else:
             T = -(-len(batch.tokens) // self.tp.size)  # between blocks ranks of tp share the tokens
             x_TD = _empty(model, T, model.config.hidden_size)
-            receive(x_TD, self.ahead.rank - 1, self.ahead)
+            receive(x_TD, self.before, self.from_before)
             y_TD = model(batch, x_TD.requires_grad_(torch.is_grad_enabled()))
         if not self.is_last:
-            self._send(y_TD.detach(), self.ahead.rank + 1, self.ahead)
+            self._send(y_TD.detach(), self.after, self.to_after)
         return x_TD, y_TD
 
     def backward(self, x_TD: Tensor | None, y: Tensor) -> None:
@@ -131,10 +163,10 @@ class Link:
         d_TD = None
         if not self.is_last:
             d_TD = torch.empty_like(y)
-            receive(d_TD, self.back.rank + 1, self.back)
+            receive(d_TD, self.after, self.from_after)
         y.backward(d_TD)
         if not self.is_first:
-            self._send(x_TD.grad, self.back.rank - 1, self.back)
+            self._send(x_TD.grad, self.before, self.to_before)
 
     def _send(self, x: Tensor, to: int, group: Group) -> None:
         x = x.contiguous()
@@ -158,18 +190,32 @@ class Link:
         broadcast(values, self.ahead.size - 1, self.ahead)
         return dict(zip(names, values, strict=True))
 
-    def last_logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """(V,), of the row's last token, on every stage."""
-        _, hidden_TD = self.forward(model, batch)
-        logits_V = model.lm_head(hidden_TD[-1]) if self.is_last else _empty(model, model.config.vocab_size)
-        broadcast(logits_V, self.ahead.size - 1, self.ahead)
-        self.finish()
-        return logits_V
-
 
 def link_of(model: nn.Module) -> Link:
     """Of one stage, where the model is whole."""
     return getattr(model, "link", None) or Link(ALONE)
+
+
+def parts_of(model: nn.Module) -> list[nn.Module]:
+    """Of a stage; of most the model itself."""
+    return getattr(model, "parts", [model])
+
+
+def run(model: nn.Module, batch: Batch) -> Tensor:
+    """A row's forward by all stages together. -> hidden states, on the last one those for the loss."""
+    for part in parts_of(model):
+        _, hidden_TD = link_of(part).forward(part, batch)
+    for part in parts_of(model):
+        link_of(part).finish()
+    return hidden_TD
+
+
+def last_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """(V,), of the row's last token, on every stage."""
+    hidden_TD, link = run(model, batch), link_of(parts_of(model)[-1])
+    logits_V = model.lm_head(hidden_TD[-1]) if link.is_last else _empty(model, model.config.vocab_size)
+    broadcast(logits_V, link.ahead.size - 1, link.ahead)
+    return logits_V
 
 
 def _empty(model: nn.Module, *shape: int) -> Tensor:

@@ -43,11 +43,12 @@ def apply_tp(model: nn.Module, mesh: Mesh) -> None:
             named |= set() if style == "sublayer" else set(module.parameters())
     if missing := [name for name, p in model.named_parameters() if p not in named]:
         raise UserError(f"parallel.tp: no row of {type(model).__name__}.TP_PLAN says how to cut {missing[0]}")
-    if model.norm is not None:  # stages of a pipeline pass each rank's tokens on
-        model.register_forward_hook(functools.partial(_join_tokens, mesh.group("tp")))
+    model.register_forward_hook(functools.partial(_join_tokens, mesh.group("tp")))
 
 
-def _join_tokens(group, _model, args, hidden_TD):
+def _join_tokens(group, model, args, hidden_TD):
+    if model.norm is None:  # stages of a pipeline pass each rank's tokens on
+        return hidden_TD
     return JoinTokens.apply(hidden_TD, len(args[0].tokens), group)
 
 

@@ -68,7 +68,9 @@ class MasterOptimizer:
             if self.masters[name] is not p
         ]
 
-    backward = staticmethod(contextlib.nullcontext)  # a context for the backward of each row, which needs none here
+    def backward(self, part: nn.Module, is_last: bool) -> contextlib.AbstractContextManager:
+        """A context for the backward of one row, through the model or a part of it; is_last: of the step."""
+        return contextlib.nullcontext()
 
     def close(self) -> None:
         """Let go of the model: its gradients stay its own again."""
@@ -267,9 +269,8 @@ class ShardedOptimizer(MasterOptimizer):
             return unit.span(name, unit.shard.rank)
         return super()._span(name) if self.owners.of[name] == unit.shard.rank else (0, 0)
 
-    def backward(self, is_last: bool):
-        """A context for the backward of one row; is_last: of the step."""
-        return self.gradients.backward(is_last)
+    def backward(self, part: nn.Module, is_last: bool) -> contextlib.AbstractContextManager:
+        return self.gradients.backward(part, is_last)
 
     def close(self) -> None:
         """Gradients are the model's own again. Under ZeRO 3 its weights stay shared out: all ranks run it together."""
