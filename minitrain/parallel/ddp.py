@@ -101,12 +101,6 @@ def keys_of(child: str, units: dict[str, Unit]) -> list[str]:
     return [key for key in units if key.split("/")[0] == child]
 
 
-def _keys_of(part: nn.Module, units: dict[str, Unit]) -> list[str]:
-    """The units of a stage's part."""
-    names = {name for name, _ in part.named_parameters()}
-    return [key for key, unit in units.items() if unit.params.keys() & names]
-
-
 def row_buffers(units: dict[str, Unit]) -> dict[int, int]:
     """{elements of a unit: tensors of this size for a row's gradients}: one on its way while the next block fills one.
 
@@ -139,7 +133,10 @@ class Gradients:
         self.pools = {}
         for numel, count in row_buffers({key: units[key] for key in units if key in self.keeps_shard}).items():
             self.pools[numel] = _Pool(numel, count, self.reduce_dtype, mesh.device, self.lane)
-        self.keys_of = {part: _keys_of(part, units) for part in getattr(model, "parts", [model])}
+        self.of_part = {}  # the units of each part of a pipeline's stage, of which most models have one
+        for part in getattr(model, "parts", [model]):
+            names = {name for name, _ in part.named_parameters()}
+            self.of_part[part] = [key for key, unit in units.items() if unit.params.keys() & names]
         self.hooks = [
             p.register_post_accumulate_grad_hook(functools.partial(self._add, key, name))
             for key, unit in units.items()
@@ -165,8 +162,8 @@ class Gradients:
         """Around the backward of one row, through the model or a part of it; is_last: of the step."""
         self.is_last = is_last
         yield
-        self._sum_over_ranks([key for key in self.keys_of[part] if key not in self.done])
-        self.done.difference_update(self.keys_of[part])
+        self._sum_over_ranks([key for key in self.of_part[part] if key not in self.done])
+        self.done.difference_update(self.of_part[part])
 
     def _add(self, key: str, name: str, p: nn.Parameter) -> None:
         """A parameter's gradient is there."""

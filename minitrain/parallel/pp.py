@@ -7,8 +7,9 @@
 
 Hidden states go to the next stage and their gradients back, nothing else: each stage has the rows' tokens, and losses
 of routers ride on the hidden states. Where the head is the embedding both ends have the matrix: their gradients are
-summed at the end of a step (ddp.py), so the copies stay equal. GPipe: Huang et al. 2019, arXiv:1811.06965; 1F1B:
-Narayanan et al. 2019, PipeDream, doi:10.1145/3341301.3359646.
+summed at the end of a step (ddp.py), so the copies stay equal. With several parts a stage has blocks from as many places,
+and a row goes through all stages as often. GPipe: Huang et al. 2019, arXiv:1811.06965; 1F1B: Narayanan et al. 2019,
+PipeDream, doi:10.1145/3341301.3359646; parts (interleaved 1F1B): Narayanan et al. 2021, arXiv:2104.04473.
 """
 
 import copy
@@ -81,16 +82,17 @@ def _costs(model: nn.Module) -> list[int]:
 
 def share_blocks(costs: list[int], stages: int) -> list[range]:
     """Neighbouring blocks for each stage, at least one, so that the costliest stage costs as little as can be."""
+    totals = [0, *itertools.accumulate(costs)]
 
     @functools.cache
     def best(begin: int, stages: int) -> tuple[int, tuple[int, ...]]:
         """Of blocks from `begin` on -> sum of the stages' costs to the 16th: the costliest decides, then the others."""
         if stages == 1:
-            return sum(costs[begin:]) ** 16, (len(costs),)
+            return (totals[-1] - totals[begin]) ** 16, (len(costs),)
         found = []
         for end in range(begin + 1, len(costs) - stages + 2):
             rest, ends = best(end, stages - 1)
-            found.append((sum(costs[begin:end]) ** 16 + rest, (end, *ends)))
+            found.append(((totals[end] - totals[begin]) ** 16 + rest, (end, *ends)))
         return min(found)  # of equal ones the one with less on early stages, which keep more rows
 
     ends = best(0, stages)[1]
@@ -102,8 +104,7 @@ def schedule(kind: str, stage: int, stages: int, rows: int, parts: int = 1) -> l
 
     gpipe: all forwards first. 1f1b: a backward as soon as it can be. Both wait for stages - 1 rows in all, of parts for
     (stages - 1) / parts: rows go in groups of at least `stages` through one part after the other, so that a row is back
-    from the last stage when its turn comes. With one stage each row's backward follows its forward. Parts: Narayanan et
-    al. 2021, arXiv:2104.04473, for any number of rows.
+    from the last stage when its turn comes. With one stage each row's backward follows its forward.
     """
     num_groups = max(1, rows // stages)
     ends = [rows * i // num_groups for i in range(num_groups + 1)]
