@@ -7,7 +7,7 @@
 
 Hidden states go to the next stage and their gradients back, nothing else: each stage has the rows' tokens, and losses
 of routers ride on the hidden states. Where the head is the embedding both ends have the matrix: their gradients are
-summed at the end of a step (ddp.py), so the copies stay equal. With several parts a stage has blocks from as many places,
+summed at the end of a step (ddp.py), so the copies stay equal. With several parts a stage has blocks of as many places,
 and a row goes through all stages as often. GPipe: Huang et al. 2019, arXiv:1811.06965; 1F1B: Narayanan et al. 2019,
 PipeDream, doi:10.1145/3341301.3359646; parts (interleaved 1F1B): Narayanan et al. 2021, arXiv:2104.04473.
 """
