@@ -1,9 +1,10 @@
-"""python -m minitrain --config FILE.toml [--section.key value ...] [--help]
+"""python -m minitrain --config FILE.toml [--section.key value ...] [--prove] [--help]
 
 torchrun --nproc-per-node 8 -m minitrain --config FILE.toml ...
 
-Trains, and prints the sample that the config asks for. What a person got wrong is one line and exit
-code 2; a traceback is a bug of ours.
+Trains, and prints the sample that the config asks for. With --prove it trains a small twin of the model instead, on
+these ranks and in one process, and compares them (prove.py): exit code 0 if they are the same, 1 if not. What a person
+got wrong is one line and exit code 2; a traceback is a bug of ours.
 """
 
 import json
@@ -18,6 +19,7 @@ from minitrain.config import Config, UserError, load_config, take_config
 from minitrain.generate import generate
 from minitrain.hf import default_config, end_of_text, load_tokenizer
 from minitrain.parallel import mesh
+from minitrain.prove import prove
 from minitrain.signals import EXIT_CODE
 from minitrain.train import train
 
@@ -52,8 +54,11 @@ def fail(text: str, code: int) -> None:
 
 
 def run(argv: list[str]) -> None:
-    cfg = load_config(*take_config(argv), default_config)
-    finish(cfg, train(cfg))
+    cfg = load_config(*take_config([word for word in argv if word != "--prove"]), default_config)
+    if "--prove" not in argv:
+        finish(cfg, train(cfg))
+    elif not prove(cfg):
+        raise SystemExit(1)
 
 
 def finish(cfg: Config, model) -> None:

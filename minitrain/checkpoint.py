@@ -57,6 +57,7 @@ class Checkpointer:
             "optimizer": type(opt.optimizer).__name__,
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
         }
+        self.tensors: dict[str, tuple[torch.dtype, torch.Size]] = {}  # of all ranks, as opt.tensors() has them
         self.group = dist.new_group(backend="gloo", timeout=_PATIENCE) if mesh.size > 1 else None
         self.lock: int | None = None
         self.lane = Lane(mesh.device)
@@ -105,6 +106,8 @@ class Checkpointer:
         nothing is changed then.
         """
         done = self.find()
+        for of_rank in self._together(self.opt.tensors):  # stages of a pipeline have different ones
+            self.tensors |= of_rank
         newest = int(done[-1].name[5:]) if done else 0
         if self.mesh.sum(newest) != newest * self.mesh.size:
             raise UserError(f"{self.folder}: not the same on all ranks; run_dir has to be where all nodes see it")
@@ -136,7 +139,7 @@ class Checkpointer:
         if there != here:
             raise UserError(f"{path}: of another optimizer: {there} there, {here} here")
         there = {name: tensor for name, tensor in saved.tensors.items() if name.startswith("model.")}
-        here = self.opt.tensors()
+        here = self.tensors
         if wrong := [name for name in sorted(there | here) if there.get(name) != here.get(name)]:
             n = wrong[0]
             texts = [f"{tuple(t[n][1])} in {str(t[n][0])[6:]}" if n in t else "absent" for t in (there, here)]

@@ -163,6 +163,12 @@ class ParallelConfig:
     """optimizer: master weights and the optimizer's state stay in host memory and pass through the GPU in each step."""
     timeout_s: int = 600
     """Seconds that a rank waits for the others, at the start and in each step, before the run ends."""
+    pp: int = 1
+    """Stages among which the layers are dealt (pipeline parallel); rows of a step follow each other through them."""
+    pp_schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    """1f1b: a row's backward as soon as it can be, so that few rows are under way; gpipe: after all forwards."""
+    pp_parts: int = 1
+    """Parts of a stage, from as many places (interleaved 1F1B): with more of them stages wait less, and send more."""
     tp: int = 1
     """Ranks that share each matrix (tensor parallel), and the tokens between them: neighbours, on one node."""
     cp: int = 1
@@ -172,8 +178,8 @@ class ParallelConfig:
 
     def __post_init__(self):
         _at_least(0, parallel__shard_within=self.shard_within)
-        _at_least(1, parallel__timeout_s=self.timeout_s, parallel__tp=self.tp)
-        _at_least(1, parallel__cp=self.cp, parallel__ep=self.ep)
+        _at_least(1, parallel__timeout_s=self.timeout_s, parallel__pp=self.pp, parallel__tp=self.tp)
+        _at_least(1, parallel__pp_parts=self.pp_parts, parallel__cp=self.cp, parallel__ep=self.ep)
         if self.shard_within and not self.zero:
             raise UserError(f"parallel.shard_within={self.shard_within}: with parallel.zero=0 nothing is shared out")
 
@@ -345,7 +351,8 @@ def _run_tyro(schema, flags) -> Config:
                 schema,
                 args=flags,
                 prog="python -m minitrain [--config FILE.toml]",
-                description="Train a model. Settings of the file and of the command line are the same; the latter win. "
+                description="Train a model, or with --prove compare its layout on these ranks with one process. "
+                "Settings of the file and of the command line are the same; the latter win. "
                 "Other architectures have settings of their own: to see them, name one as model.type.",
                 config=(tyro.conf.FlagConversionOff,),
                 use_underscores=True,

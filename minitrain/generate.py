@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from minitrain.batch import IGNORE, Batch
+from minitrain.parallel.pp import last_logits
 
 
 @torch.no_grad()
@@ -40,7 +41,7 @@ def generate(
     # Lengths grow with every token: compiling for each would be slower than not.
     with torch.compiler.set_stance("force_eager"), _caches(model):
         for _ in range(max_new_tokens):
-            logits_V = model.lm_head(model(_continuation(new, past))[-1])
+            logits_V = last_logits(model, _continuation(new, past))
             past += len(new)
             new = _sample(logits_V.float(), temperature, top_k, top_p, generator)
             tokens = torch.cat([tokens, new])

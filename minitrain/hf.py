@@ -22,8 +22,10 @@ from minitrain.chat import find_template
 from minitrain.config import SourceConfig, UserError
 from minitrain.models import MODELS, build_model, materialize, model_class
 from minitrain.models.layers import DecoderConfig
+from minitrain.parallel.comm import gather_objects, receive, send
 from minitrain.parallel.gather import read_whole
 from minitrain.parallel.mesh import is_first
+from minitrain.parallel.pp import link_of
 from minitrain.storage import (
     Later,
     NewFolder,
@@ -209,6 +211,7 @@ def load_weights(model: nn.Module, folder: Path, names: Collection[str] | None =
     ignored = {name for name in files if name.endswith("rotary_emb.inv_freq")}  # old Llama files store this buffer
     if model.config.tie_word_embeddings:
         ignored.add("lm_head.weight")  # some tied models on the Hub store it twice
+    ignored |= {name for name in files if _is_of_another_stage(name, model)}
     if missing := sorted(parts.keys() - files.keys()):
         raise UserError(f"{folder}: lacks {_listed(missing, sorted(files.keys() - parts.keys()))}")
     if extra := sorted(files.keys() - parts.keys() - ignored):
@@ -226,6 +229,15 @@ def load_weights(model: nn.Module, folder: Path, names: Collection[str] | None =
             raise UserError(f"{folder / files[name]}: {name} is {tensor.dtype}, not a floating-point tensor")
         _load(tensor, p, expert)
     model.source = folder
+
+
+def _is_of_another_stage(hub: str, model: nn.Module) -> bool:
+    """Of a pipeline: of a block, or of an end, that this part of the model has not."""
+    child, _, rest = hub.removeprefix("model.").partition(".")
+    i = rest.partition(".")[0]
+    if child == "layers":
+        return i not in model.layers and i in map(str, range(model.config.num_hidden_layers))
+    return child in ("embed_tokens", "norm", "lm_head") and getattr(model, child) is None
 
 
 def _weight_files(folder: Path) -> dict[str, str]:
@@ -286,6 +298,7 @@ def save_pretrained(
         hub: Later(p.dtype, p.shape if e is None else p.shape[1:], functools.partial(read, name, e))
         for hub, (name, p, e) in hub_parts(model).items()
     }
+    tensors = _of_all_stages(model, tensors)
     if not is_first():
         return send_pieces(tensors)
     config, folder = hub_config(model), Path(folder)
@@ -317,6 +330,34 @@ def save_pretrained(
         if not (tmp / "generation_config.json").exists():
             ids = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None}
             write_json(tmp / "generation_config.json", ids)
+
+
+def _of_all_stages(model: nn.Module, tensors: dict[str, Later]) -> dict[str, Later]:
+    """Of a pipeline: on the first rank those of the other stages too, which send each one there as they read it.
+
+    What an earlier stage has as well, a tied head, is that stage's.
+    """
+    pp, device = link_of(model).ahead, next(model.parameters()).device
+    of_stages = gather_objects({name: (t.dtype, t.shape) for name, t in tensors.items()}, pp)
+    earlier = set().union(*of_stages[: pp.rank])
+    tensors = {name: t for name, t in tensors.items() if name not in earlier}
+
+    def send_it(t):
+        send(t.read().contiguous(), 0, pp).wait()
+
+    def receive_it(stage, dtype, shape):
+        x = torch.empty(shape, dtype=dtype, device=device)
+        receive(x, stage, pp)
+        return x
+
+    if link_of(model).stage.rank > 0:  # takes part in what its stage gathers
+        return tensors
+    if pp.rank > 0:
+        return {name: Later(t.dtype, t.shape, functools.partial(send_it, t)) for name, t in tensors.items()}
+    for stage, of_stage in enumerate(of_stages):
+        for name, about in of_stage.items():
+            tensors.setdefault(name, Later(*about, functools.partial(receive_it, stage, *about)))
+    return tensors
 
 
 def _shards(tensors: dict[str, Later]) -> list[dict[str, Later]]:

@@ -16,7 +16,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -65,7 +65,7 @@ def peak_tflops(device_name: str) -> float | None:
 
 @dataclass(frozen=True)
 class Flops:
-    """Training FLOPs of a model: matrices per token, attention per (query, key) pair."""
+    """Training FLOPs of a model: matrices per token (on a stage those that it has), attention per (query, key) pair."""
 
     blocks: int  # parameters in the blocks' matrices that a token goes through
     head: int  # parameters of the head
@@ -78,7 +78,7 @@ class Flops:
         if stacked := sum(_numel(p) for p in model.layers.parameters() if p.ndim == 3):
             blocks += stacked * cfg.num_experts_per_tok // cfg.num_experts
         attention = cfg.num_hidden_layers * cfg.num_attention_heads * cfg.head_dim
-        return cls(blocks, _numel(model.lm_head.weight), attention)
+        return cls(blocks, _numel(model.lm_head.weight) if model.lm_head is not None else 0, attention)
 
     def causal(self, tokens: int, pairs: int) -> float:
         """C."""
@@ -113,11 +113,13 @@ class Log:
         self.cfg, self.model, self.device = cfg, model, mesh.device
         self.writes, self.ranks = mesh.rank == 0, mesh.dp_size
         self.ranks_of_a_row = mesh.ranks_of_a_row
-        self.flops = Flops.of(model)
+        flops = Flops.of(model)
+        self.flops = replace(flops, blocks=mesh.sum_stages(flops.blocks), head=mesh.sum_stages(flops.head))
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         self.peak = peak_tflops(name)
         self.waiting: list[tuple[dict, int, int, dict[str, Tensor]]] = []  # row, tokens, pairs, scalars on the device
-        total, active = sum(_numel(p) for p in model.parameters()), self.flops.blocks + self.flops.head
+        total = mesh.sum_stages(sum(_numel(p) for p in model.parameters() if not mesh.is_second_copy(p)))
+        active = self.flops.blocks + self.flops.head
         log.info("%s: %.4g M parameters, %.4g M in matrices for each token; %s", type(model).__name__, total / 1e6,
                  active / 1e6, name)  # fmt: skip
 

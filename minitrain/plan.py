@@ -5,6 +5,7 @@ keeps for its backward: the input of every matrix product and of attention, once
 The CUDA context, NCCL and what the allocator loses are not counted.
 """
 
+import itertools
 from dataclasses import dataclass, fields
 
 import torch
@@ -15,6 +16,7 @@ from minitrain.models import build_model
 from minitrain.parallel.comm import Group
 from minitrain.parallel.ddp import DENSE, make_units, row_buffers
 from minitrain.parallel.mesh import Mesh
+from minitrain.parallel.pp import apply_pp, schedule
 
 _WIDE = 4  # bytes of fp32: masters, their gradients, moments
 
@@ -26,7 +28,7 @@ class Memory:
     weights: int  # in the compute dtype, as far as they stay
     gradients: int  # fp32; in the compute dtype where one process has one row a step
     states: int  # master weights and AdamW's two moments
-    activations: int  # of one row
+    activations: int  # of one row, or of those that are under way in a pipeline
     loss: int  # logits of a piece, gradients of hidden states and head
     block: int  # what the backward of one block makes for itself, when the loss is done
     buffers: int  # gathered weights, gradients on their way
@@ -45,14 +47,26 @@ class Memory:
 
 
 def predict_memory(cfg: Config, ranks: int = 1) -> Memory:
-    """Of a run on this many GPUs."""
+    """Of a run on this many GPUs; of a pipeline's stages, of the one that takes most."""
+    stages = [Group(rank, cfg.parallel.pp) for rank in range(cfg.parallel.pp)]
+    return max((_of_stage(cfg, ranks // len(stages), stage) for stage in stages), key=lambda memory: memory.peak)
+
+
+def _of_stage(cfg: Config, ranks: int, stage: Group) -> Memory:
+    """ranks: of one stage."""
     parallel, T = cfg.parallel, cfg.data.tokens_per_row
     width = 4 if cfg.train.dtype == "float32" else 2
-    is_flat = ranks > 1 or bool(parallel.offload)  # zero.ShardedOptimizer, else MasterOptimizer
+    is_flat = ranks * stage.size > 1 or bool(parallel.offload)  # zero.ShardedOptimizer, else MasterOptimizer
     shards = 1 if parallel.zero == 0 else parallel.shard_within or ranks
     zero = parallel.zero if shards > 1 else 0
     model = build_model(cfg.model)
-    mesh = Mesh(torch.device("meta"), shardings={DENSE: (Group(size=shards), Group())})
+    kinds = dict.fromkeys((DENSE, (*DENSE, "ends")), (Group(size=shards), Group()))
+    mesh = Mesh(torch.device("meta"), groups={"pp": stage}, shardings=kinds, parts=parallel.pp_parts)
+    if stage.size > 1:
+        apply_pp(model, mesh)
+    rows = max(1, cfg.data.rows_per_step // ranks) if stage.size > 1 else 1
+    actions = schedule(parallel.pp_schedule, stage.rank, stage.size, rows, parallel.pp_parts)
+    under_way = max(itertools.accumulate(1 if action == "forward" else -1 for action, *_ in actions))
     units = make_units(model, mesh)
     whole = sum(unit.numel for unit in units.values()) if is_flat else sum(p.numel() for p in model.parameters())
     shard = whole // shards
@@ -75,8 +89,8 @@ def predict_memory(cfg: Config, ranks: int = 1) -> Memory:
         weights=width * (shard if gathers else whole),
         gradients=(width if one_row else _WIDE) * (shard if zero >= 2 else whole),
         states=states,
-        activations=cfg.model.num_hidden_layers * kept,
-        loss=_loss_bytes(cfg.model, T, width),
+        activations=under_way * len(model.layers) // parallel.pp_parts * kept,
+        loss=_loss_bytes(cfg.model, T, width) if model.lm_head is not None else 0,
         block=2 * whole_block - kept,
         buffers=buffers,
         gradients_wait=is_flat or cfg.data.rows_per_step > ranks,

@@ -28,6 +28,7 @@ from minitrain.parallel import compute_dtype, parallelize
 from minitrain.parallel.comm import sum_equal
 from minitrain.parallel.cp import share_tokens
 from minitrain.parallel.mesh import ALONE, Mesh, init_mesh
+from minitrain.parallel.pp import link_of, parts_of
 from minitrain.parallel.zero import shard_optimizer
 from minitrain.signals import EXIT_CODE, StopSignals
 from minitrain.validate import validate
@@ -115,27 +116,41 @@ def forward_backward(
     loss_fn: Callable,
     scale: float,
     mesh: Mesh = ALONE,
-    backward: Callable[[bool], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    backward: Callable[[nn.Module, bool], contextlib.AbstractContextManager] = lambda *_: contextlib.nullcontext(),
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Gradients of scale * (sum of the rows' losses), added up row by row. -> scaled loss and extras, detached.
 
-    On several ranks each has its own rows; loss and extras are those of all. backward(is the row the last) is a context
-    for a row's backward, in which gradients are summed over the ranks.
+    On several ranks each has its own rows; loss and extras are those of all. backward(model or its part, is the row the
+    last) is a context for a row's backward, in which gradients are summed over the ranks. In a pipeline a row's forward
+    and backward lie apart; without one they follow each other.
     """
-    total, extras = 0.0, {}
-    for i, batch in enumerate(batches, 1):
-        batch.share = 1 / (len(batches) * mesh.size)  # ranks that share a row add up what they have of it
-        batch = share_tokens(batch, mesh.group("cp"))
-        loss, named = loss_fn(model(batch), model.lm_head, batch)
-        with backward(i == len(batches)):
-            (loss * scale).backward()
-        total = total + loss.detach() * scale
-        for name, value in named.items():
-            extras[name] = extras.get(name, 0.0) + value.detach() * scale
-    if mesh.group("data").size > 1:
-        total, *values = sum_equal(torch.stack([total, *extras.values()]), mesh.group("data"))
-        extras = dict(zip(extras, values, strict=True))
-    return total, extras
+    parts = parts_of(model)
+    sums, rows = {"": 0.0}, {}  # the loss and extras; rows between their forward and backward
+    for batch in batches:
+        batch.share = mesh.group("pp").size / (len(batches) * mesh.size)  # ranks that share a row add up theirs
+    mine = [share_tokens(batch, mesh.group("cp")) for batch in batches]
+    for action, i, part in link_of(model).actions(len(batches)):
+        batch, link = mine[i], link_of(parts[part])
+        if action == "forward":
+            x_TD, y = link.forward(parts[part], batch)
+            if link.is_last:
+                y, named = loss_fn(y, model.lm_head, batch)
+                y = y * scale
+                sums[""] += y.detach()
+                for name, value in named.items():
+                    sums[name] = sums.get(name, 0.0) + value.detach() * scale
+            rows[i, part] = x_TD, y
+        else:
+            with backward(parts[part], i == len(batches) - 1):
+                link.backward(*rows.pop((i, part)))
+    for part in parts:
+        link_of(part).finish()
+    link = link_of(parts[-1])
+    if link.is_last and mesh.group("data").size > 1:
+        values = sum_equal(torch.stack(list(sums.values())), mesh.group("data"))
+        sums = dict(zip(sums, values, strict=True))
+    extras = link.from_last(model, sums)
+    return extras.pop(""), extras
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from torch import nn
 
 from minitrain.data import PackedData
 from minitrain.parallel.mesh import Mesh
+from minitrain.parallel.pp import link_of, parts_of, run
 
 _UNIT = 2**-20  # nats; sums of whole numbers are the same in any order, and so for any number of ranks
 
@@ -18,16 +19,19 @@ def validate(model: nn.Module, data: PackedData, loss_fn: Callable, mesh: Mesh) 
 
     loss: mean over the tokens that are trained on, in nats. FloatingPointError if it is no number.
     """
-    results = []
+    results, is_last = [], link_of(parts_of(model)[-1]).is_last  # of a pipeline's stages
     for source, rows in data.held_out_rows().items():
         losses, tokens = [], 0
         for batch in rows:
-            losses.append(loss_fn(model(batch), model.lm_head, batch)[0].double())
+            hidden_TD = run(model, batch)
+            if is_last:
+                losses.append(loss_fn(hidden_TD, model.lm_head, batch)[0].double())
             tokens += batch.num_targets
-        losses = torch.stack(losses).tolist()
+        losses = torch.stack(losses).tolist() if losses else []
         if not math.isfinite(sum(losses)):
             raise FloatingPointError(f"validation on {source}: loss {sum(losses)}")
-        total, tokens = mesh.sum_rows(sum(round(loss / _UNIT) for loss in losses)), mesh.sum_rows(tokens)
+        total = sum(round(loss / _UNIT) for loss in losses) * link_of(model).ahead.size  # the other stages have none
+        total, tokens = mesh.sum_rows(total), mesh.sum_rows(tokens)
         loss = total * _UNIT / max(1, tokens)
         perplexity = math.exp(loss) if loss < 700 else math.inf
         results.append({"source": source, "loss": loss, "perplexity": perplexity, "trained_tokens": tokens})

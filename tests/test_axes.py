@@ -10,14 +10,14 @@ import torch.distributed as dist
 from conftest import read_metrics, spawn, tiny_run
 from safetensors.torch import load_file
 from test_hacks import Lion, SideBySide, z_loss
-from test_zero import SIZES, adamw, difference, make_rows
+from test_zero import SIZES
 from torch import nn
 
 import minitrain as mt
 from minitrain import save_pretrained
 from minitrain.attention import attention
-from minitrain.batch import IGNORE, Batch
-from minitrain.config import ParallelConfig, TrainConfig, UserError
+from minitrain.batch import IGNORE
+from minitrain.config import CheckpointConfig, Config, DataConfig, ParallelConfig, TrainConfig, UserError
 from minitrain.hf import load_weights
 from minitrain.loss import cross_entropy
 from minitrain.models import build_model, init_weights, materialize
@@ -26,12 +26,11 @@ from minitrain.models.qwen3 import Qwen3Config
 from minitrain.models.qwen3_moe import Qwen3MoeConfig
 from minitrain.parallel import parallelize
 from minitrain.parallel.cp import assign
-from minitrain.parallel.gather import whole
 from minitrain.parallel.layout import objections
 from minitrain.parallel.mesh import ALONE, init_mesh
 from minitrain.parallel.zero import shard_optimizer
+from minitrain.prove import differences, follow, make_rows, of_one, tokens_of_a_row
 from minitrain.storage import read_json, write_json, write_safetensors
-from minitrain.train import forward_backward
 
 STEPS, TOLERANCE = 3, 1e-11
 MODELS = {  # of uneven vocabulary, inner width, heads; fewer key and value heads than ranks
@@ -46,6 +45,11 @@ MODELS = {  # of uneven vocabulary, inner width, heads; fewer key and value head
 MODELS["starved"] = MODELS["moe"]
 
 
+def model_of(name, parallel):
+    """Of one layer more than stages, which is uneven."""
+    return dataclasses.replace(MODELS[name], num_hidden_layers=parallel.pp * parallel.pp_parts + 1)
+
+
 def loss_fn(hidden_TD, head, batch):
     """The built-in loss, and what users may add: something of all logits, something of the hidden states."""
     loss, _ = cross_entropy(hidden_TD, head, batch)
@@ -53,107 +57,58 @@ def loss_fn(hidden_TD, head, batch):
     return loss + 0.1 * z + 0.01 * hidden_TD.square().sum(), {"z": z}
 
 
-def run(name, parallel=None, mesh=ALONE, steps=STEPS, spoil=lambda model: None, long=False, num_rows=4, train=None):
-    """-> what all steps gave, the first one's gradients, the weights after the last; these as gradients() has them."""
-    parallel = parallel or ParallelConfig()
-    model = build_model(MODELS[name], "cpu").double()
-    model = parallelize(model, mesh, train or TrainConfig())
-    init_weights(model, 0)
+def run(name, parallel, mesh=ALONE, steps=STEPS, spoil=lambda model: None, num_rows=4, train=None):
+    """With rows as the layout can cut them, in the layout or by one process."""
+    model = build_model(model_of(name, parallel))
     if name == "starved":  # all tokens choose the same experts
+        model = build_model(model_of(name, parallel), "cpu")
+        init_weights(model, 0)
         for block in model.layers.values():
             nn.init.zeros_(block.mlp.gate.weight).requires_grad_(False)
-    spoil(model)
-    opt = shard_optimizer(model, adamw, mesh, parallel)
-    losses, norms, grads = [], [], None
-    for step in range(steps):
-        rows = make_long_rows(step, num_rows) if parallel.cp > 1 or long else make_rows(step, num_rows)
-        mine = rows[mesh.dp_rank :: mesh.dp_size]
-        tokens = mesh.sum_rows(sum(b.num_targets for b in mine))
-        assert tokens == sum(b.num_targets for b in rows)
-        loss, extras = forward_backward(model, mine, loss_fn, 1 / tokens, mesh, opt.backward)
-        losses.append(torch.stack([loss, extras["z"]]))
-        norms.append(opt.clip_grad_norm(0.5, loss))
-        grads = grads or gradients(opt)
-        opt.step(0.01)
+    tokens = tokens_of_a_row(parallel)
+    data = DataConfig(tokens_per_row=tokens, max_seqlen=tokens)
+    train = dataclasses.replace(train or TrainConfig(), dtype="float64")
+    cfg = Config(model.config, data, train=train, parallel=parallel, checkpoint=CheckpointConfig(0, export=False))
+    rows = [make_rows(step, num_rows, tokens, SIZES["vocab_size"]) for step in range(steps)]
+    parts = follow(model, cfg, mesh, rows, loss_fn, spoil)
     if name == "starved":
         assert all(block.mlp.load.count_nonzero() == 2 for block in model.layers.values())
-    with whole(model):
-        weights = {name: (p, 0, p.detach().clone().flatten()) for name, p in model.named_parameters()}
-    return {"losses": torch.stack(losses), "norms": torch.stack(norms)}, grads, weights
+    return parts
 
 
-def gradients(opt):
-    """{name: (parameter, first element that this rank has of it, these elements)}."""
-    if not hasattr(opt, "units"):
-        trained = {name: master for name, master in opt.masters.items() if master.requires_grad}
-        return {name: (opt.params[name], 0, master.grad.flatten().clone()) for name, master in trained.items()}
-    found = {}
-    for key, unit in opt.units.items():
-        for name, p in unit.params.items():
-            piece = unit.piece(opt.gradients.sums[key], name, unit.shard.rank).clone()
-            found[name] = p, unit.span(name, unit.shard.rank)[0], piece
-    return found
+def write_expected(folder, cases, **options):
+    """A file for each model, number of layers and length of rows."""
+    folder.mkdir()
+    for path, case in {file_of(folder, *case): case for case in cases}.items():
+        write_safetensors(path, of_one(run(*case, **options)))
 
 
-def make_long_rows(step, n):
-    """Rows of 24 tokens, for context parallel: documents across its cuts and inside them, one as long as a row."""
-    generator = torch.Generator().manual_seed(step)
-    rows = []
-    for lengths in ((24,), (1, 15, 8), (5, 4, 3, 12), (11, 1, 1, 11))[:n]:
-        rows.append(Batch.pack([torch.randint(SIZES["vocab_size"], (n,), generator=generator) for n in lengths]))
-        rows[-1].targets[torch.rand(24, generator=generator) < 0.3] = IGNORE
-        rows[-1].num_targets = int((rows[-1].targets != IGNORE).sum())
-    return rows
+def file_of(folder, name, parallel):
+    return folder / f"{name}-{parallel.pp * parallel.pp_parts}-{tokens_of_a_row(parallel)}"
 
 
-def write_expected(path, names, **options):
-    tensors = {}
-    for name in names:
-        results, grads, weights = run(name, **options)
-        tensors |= {f"{name} {key}": value for key, value in results.items()}
-        for kind, of in (("gradient", grads), ("weight", weights)):
-            tensors |= {f"{name} {kind} {key}": flat.view(p.shape) for key, (p, _, flat) in of.items()}
-    write_safetensors(path, tensors)
+def errors(name, parallel, folder, spoil_mesh=lambda mesh: mesh, **options):
+    """{what: relative error}, largest of all ranks."""
+    mesh = spoil_mesh(init_mesh("cpu", parallel, model_of(name, parallel)))
+    return differences(run(name, parallel, mesh, **options), load_file(file_of(folder, name, parallel)), mesh)
 
 
-def errors(name, parallel, mesh, expected, steps=STEPS, **options):
-    """{what: relative error}, largest of all ranks; weights after all steps only."""
-    results, grads, weights = run(name, parallel, mesh, steps, **options)
-    found = {key: difference(value, expected[f"{name} {key}"][:steps]) for key, value in results.items()}
-    weights = weights if steps == STEPS else {}
-    for kind, of in (("gradient", grads), ("weight", weights)):
-        for key, (p, first, piece) in of.items():
-            one = expected[f"{name} {kind} {key}"]
-            shape, place = getattr(p, "part", (p.shape, ()))
-            assert one.shape == shape
-            mine = one[place].flatten()[first:][: len(piece)]
-            found[f"{kind} {key}"] = difference(piece, mine, one)
-    of_ranks = [None] * mesh.size
-    dist.all_gather_object(of_ranks, (results["norms"].tolist(), found))
-    assert all(norms == of_ranks[0][0] for norms, _ in of_ranks), "the norm differs by a bit"
-    return {key: max(of_rank[key] for _, of_rank in of_ranks) for key in found}
-
-
-def compare_all(cases, path, **options):
-    short, long = load_file(path / "short"), load_file(path / "long")
+def compare_all(cases, folder, **options):
     for name, parallel in cases:
-        expected = long if parallel.cp > 1 else short
-        found = errors(name, parallel, init_mesh("cpu", parallel, MODELS[name]), expected, **options)
+        found = errors(name, parallel, folder, **options)
         worst = max(found, key=found.get)
         assert found[worst] <= TOLERANCE, f"{name} {parallel}: {worst} differs by {found[worst]:.1e}"
 
 
-def check(ranks, layouts, tmp_path, train=None):
+def check(ranks, layouts, tmp_path, train=None, num_rows=None):
     """Under ZeRO 0 and 3 if the layout names no stage, every model that it can cut."""
     stages = [(layout, (layout.zero,) if layout.zero else (0, 3)) for layout in layouts]
     layouts = [dataclasses.replace(layout, zero=zero) for layout, zeros in stages for zero in zeros]
-    cases = [(name, of) for of in layouts for name in MODELS if not objections(of, ranks, MODELS[name])]
+    cases = [(name, of) for of in layouts for name in MODELS if not objections(of, ranks, model_of(name, of))]
     cases = [(name, of) for name, of in cases if name != "starved" or of.ep > 1]
-    num_rows = 3 if ranks == 3 else 4
-    for path, some in (("short", [c for c in cases if c[1].cp == 1]), ("long", [c for c in cases if c[1].cp > 1])):
-        write_expected(tmp_path / path, {name for name, _ in some}, long=path == "long", num_rows=num_rows)
-    compare = functools.partial(compare_all, num_rows=num_rows, train=train)
-    spawn(ranks, compare, cases, tmp_path)
+    num_rows = num_rows or (3 if ranks == 3 else 4)
+    write_expected(tmp_path / "one", cases, num_rows=num_rows)
+    spawn(ranks, functools.partial(compare_all, num_rows=num_rows, train=train), cases, tmp_path / "one")
 
 
 @pytest.mark.parametrize("ranks", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
@@ -225,18 +180,15 @@ CONTROLS = [  # model, layout, what is done to it, to which parameters, a gradie
 ]
 
 
-def compare_with_mistakes(path):
-    short, long = load_file(path / "short"), load_file(path / "long")
+def compare_with_mistakes(folder):
     for name, parallel, spoil, which, wrong in CONTROLS:
-        mesh, expected = init_mesh("cpu", parallel, MODELS[name]), long if parallel.cp > 1 else short
-        found = errors(name, parallel, mesh, expected, 1, spoil=functools.partial(spoil, name=which))
+        found = errors(name, parallel, folder, steps=1, spoil=functools.partial(spoil, name=which))
         assert found[f"gradient {wrong}"] > 1e-5, (name, parallel, spoil.__name__, which)
 
 
 def test_each_sum_over_ranks_is_needed(tmp_path):
-    write_expected(tmp_path / "short", ("tied", "moe"))
-    write_expected(tmp_path / "long", ["moe"], long=True)
-    spawn(2, compare_with_mistakes, tmp_path)
+    write_expected(tmp_path / "one", [(name, parallel) for name, parallel, *_ in CONTROLS])
+    spawn(2, compare_with_mistakes, tmp_path / "one")
 
 
 # ---- weights from files
@@ -307,7 +259,7 @@ def train_layouts(cfg, layouts, folder):
 def test_the_five_hacks_give_the_same_runs_in_every_layout(corpus, tmp_path):
     checkpoint = {"every": 0, "export": False}
     cfg = tiny_run(corpus, "", train={"steps": 4}, data={"rows_per_step": 2}, checkpoint=checkpoint)
-    layouts = {"tp": ParallelConfig(tp=2), "cp": ParallelConfig(cp=2)}
+    layouts = {"tp": ParallelConfig(tp=2), "cp": ParallelConfig(cp=2), "pp": ParallelConfig(pp=2)}
     train_with_hacks(cfg, tmp_path / "one")
     spawn(2, train_layouts, cfg, layouts, tmp_path)
     for layout, hack in itertools.product(layouts, ("attention", "optimizer", "block", "loss", "look")):
@@ -316,7 +268,7 @@ def test_the_five_hacks_give_the_same_runs_in_every_layout(corpus, tmp_path):
             for key in ("loss", "grad_norm", "trained_tokens", *(("z",) if hack == "loss" else ())):
                 assert other[key] == pytest.approx(row[key], rel=1e-4), (layout, hack, row["step"], key)
     tokens = [read_json(tmp_path / name / "seen.json") for name in ("one", *layouts)]
-    assert tokens == tokens[:1] * 3
+    assert tokens == tokens[:1] * len(tokens)
 
 
 # ---- what cannot work is said at once
@@ -330,7 +282,7 @@ def test_a_layout_that_cannot_work_is_refused_with_every_reason(monkeypatch):
     reasons = str(error.value).split("; ")
     assert "\n" not in str(error.value)
     for begin in (
-        "parallel.tp * cp = 4 does not divide WORLD_SIZE=6",
+        "parallel.pp * tp * cp = 4 does not divide WORLD_SIZE=6",
         "parallel.ep=5 does not divide the 1 ranks",
         "parallel.shard_within=3 is not a multiple of ep=5",
         "parallel.ep=5 does not divide num_experts=12",

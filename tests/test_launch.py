@@ -167,7 +167,7 @@ def look_at_groups():
     mesh = init_mesh("cpu", ParallelConfig(zero=1, shard_within=2))
     ranks = {name: dist.get_process_group_ranks(group.handle) for name, group in mesh.groups.items() if group.size > 1}
     row = mesh.rank // 2 * 2
-    assert ranks == {name: [0, 1, 2, 3] for name in ("world", "data", "dp")}
+    assert ranks == {name: [0, 1, 2, 3] for name in ("world", "stage", "data", "dp")}
     shardings = [dist.get_process_group_ranks(group.handle) for group in mesh.sharding(("dp", "cp"))]
     assert shardings == [[row, row + 1], [mesh.rank % 2, mesh.rank % 2 + 2]]
     assert (mesh.dp_rank, mesh.dp_size) == (mesh.rank, 4)

@@ -21,11 +21,12 @@ FLOORS = [
         "left": {"models", "models.layers", "models.llama", "models.qwen3", "models.qwen3_moe",
                  "loss", "optim", "data", "chat", "metrics"},
         "right": {"parallel.cp", "parallel.cut", "parallel.ddp", "parallel.ep", "parallel.gather", "parallel.offload",
-                  "parallel.owners", "parallel.tp", "parallel.zero"},
+                  "parallel.owners", "parallel.pp", "parallel.tp", "parallel.zero"},
     },
     {"checkpoint", "hf", "parallel"},
     {"validate", "generate", "plan"},
     {"train"},
+    {"prove"},
     {"__main__"},
 ]  # fmt: skip
 COLUMNS = 4  # the floor of two columns
@@ -36,6 +37,7 @@ BENEATH = {
     "parallel.gather": {"parallel.ddp"},
     "parallel.owners": {"parallel.ddp"},
     "parallel.ep": {"parallel.cut"},
+    "parallel.pp": {"parallel.ddp"},
     "parallel.tp": {"parallel.cut"},
     "parallel.zero": {"parallel.ddp", "parallel.gather", "parallel.offload", "parallel.owners"},
 }

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import TINY, spawn, tiny_run
 
 from minitrain import Qwen3Config, build_model
 from minitrain.config import ParallelConfig, load_config
 from minitrain.hf import default_config
 from minitrain.models import init_weights
+from minitrain.parallel import parallelize
 from minitrain.parallel.mesh import init_mesh
 from minitrain.parallel.zero import shard_optimizer
 from minitrain.plan import predict_memory
@@ -54,6 +56,27 @@ def compare_with_what_is_there(ranks):
 
 def test_what_ranks_allocate_is_counted_exactly():
     spawn(3, compare_with_what_is_there, 3)
+
+
+def compare_stages():
+    cfg = tiny_run("", "", Qwen3Config(**TINY), data={"rows_per_step": 3})
+    cfg.parallel, cfg.train.dtype = ParallelConfig(pp=2), "float32"
+    mesh = init_mesh("cpu", cfg.parallel, cfg.model)
+    model = parallelize(build_model(cfg.model, "cpu"), mesh, cfg.train)
+    opt = shard_optimizer(model, torch.optim.Adam, mesh, cfg.parallel)
+    held = [None] * 2
+    dist.all_gather_object(held, (nbytes(opt.shards.values()), nbytes(opt.gradients.flat.values())))
+    memory = predict_memory(cfg, 2)
+    assert (memory.weights, memory.gradients) == held[0]  # it keeps two rows, the other one
+
+
+def test_of_stages_the_one_that_takes_most_counts():
+    spawn(2, compare_stages)
+    flags = ["--data.rows_per_step=16", "--parallel.pp=4"]
+    cfg = load_config(CONFIGS / "qwen3_8b.toml", flags, default_config)
+    one = predict_memory(cfg, 4)
+    cfg.parallel.pp_schedule = "gpipe"
+    assert predict_memory(cfg, 4).activations > 3 * one.activations  # 16 rows are under way, not 4
 
 
 def test_offload_leaves_three_units_of_states_on_the_device():

@@ -11,8 +11,9 @@ from test_zero import MODELS, OPTIMIZERS, make_rows, plain_loss
 
 from minitrain import train
 from minitrain.checkpoint import Checkpointer
-from minitrain.config import CheckpointConfig, Config, ParallelConfig
+from minitrain.config import CheckpointConfig, Config, ParallelConfig, TrainConfig
 from minitrain.models import build_model, init_weights
+from minitrain.parallel import parallelize
 from minitrain.parallel.gather import whole
 from minitrain.parallel.mesh import ALONE, init_mesh
 from minitrain.parallel.zero import shard_optimizer
@@ -25,6 +26,8 @@ LAYOUTS = [  # of one checkpoint after the other
     (2, ParallelConfig(0)),
     (4, ParallelConfig(2, shard_within=2)),
     (2, ParallelConfig(1, offload="optimizer")),
+    (4, ParallelConfig(3, pp=2)),
+    (2, ParallelConfig(pp=2)),
 ]
 
 
@@ -33,6 +36,7 @@ def hold(name, run_dir, parallel, mesh, seed):
     model = build_model(MODELS["moe"], "cpu")
     init_weights(model, seed)
     model.to(torch.bfloat16).embed_tokens.requires_grad_(False)
+    parallelize(model, mesh, TrainConfig())
     opt = shard_optimizer(model, OPTIMIZERS[name], mesh, parallel)
     cfg = Config(MODELS["moe"], parallel=parallel, checkpoint=CheckpointConfig(keep=10), run_dir=str(run_dir / name))
     cfg.data.max_seqlen = 8
@@ -55,7 +59,7 @@ def read_and_write_again(run_dir, parallel, step):
             with mock.patch.object(Saved, "read", count):
                 assert ckpt.resume() == step - 1
             held = [*opt.masters.values(), *(v for state in opt.optimizer.state.values() for v in state.values())]
-            held.append(model.embed_tokens.weight)
+            held += [p for p in model.parameters() if not p.requires_grad]
             assert sum(asked) == sum(t.numel() * t.element_size() for t in held)
             saved = Saved(ckpt.find()[-1])
             with whole(model):

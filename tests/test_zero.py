@@ -26,6 +26,7 @@ from minitrain.parallel.gather import whole
 from minitrain.parallel.mesh import ALONE, Mesh, init_mesh
 from minitrain.parallel.offload import HostState
 from minitrain.parallel.zero import shard_optimizer
+from minitrain.prove import difference, plain_adamw
 from minitrain.storage import write_safetensors
 from minitrain.train import forward_backward
 
@@ -54,18 +55,11 @@ class Lion(torch.optim.Optimizer):
                     m.lerp_(p.grad, 0.01)
 
 
-def adamw(params):
-    """Not torch's fused one, which has no float64; with the rule that only matrices decay."""
-    matrices, vectors = [p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], eps=1e-6)
-
-
 def sgd(params):
     return torch.optim.SGD(params, momentum=0.9)
 
 
-OPTIMIZERS = {"adamw": adamw, "sgd": sgd, "lion": Lion, "muon": muon(OptimConfig(), SIZES["vocab_size"])}
+OPTIMIZERS = {"adamw": plain_adamw, "sgd": sgd, "lion": Lion, "muon": muon(OptimConfig(), SIZES["vocab_size"])}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,17 +145,6 @@ def gradients(opt):
             found[name] = first, unit.piece(opt.gradients.sums[key], name, unit.shard.rank).clone()
             assert len(found[name][1]) == end - first
     return found
-
-
-def difference(a, b, scale=None):
-    """Largest, relative to the largest of the tensor; infinite for what is no number."""
-    if not b.numel():
-        return 0.0
-    return (
-        ((a - b).abs().max() / (b if scale is None else scale).abs().max().clamp(min=1e-30))
-        .nan_to_num(torch.inf)
-        .item()
-    )
 
 
 def compare(case, parallel, mesh, expected, tolerance):
@@ -324,7 +307,7 @@ def count_elements():
     for zero in range(4):
         mesh = init_mesh("cpu", ParallelConfig(zero=zero))
         model = make_model(Case())
-        opt = shard_optimizer(model, adamw, mesh, ParallelConfig(zero=zero))
+        opt = shard_optimizer(model, plain_adamw, mesh, ParallelConfig(zero=zero))
         total = sum(unit.numel for unit in opt.units.values())
         masters = sum(m.numel() for m in opt.masters.values())
         assert masters == sum(p.numel() for p in model.parameters()) if zero == 0 else masters <= total / 3
@@ -333,7 +316,7 @@ def count_elements():
         assert sum(s.untyped_storage().nbytes() for s in opt.shards.values()) == 8 * (total if zero < 3 else total / 3)
         assert all(master.ndim == opt.params[name].ndim for name, master in opt.masters.items())
     with pytest.raises(UserError, match="shared out by an earlier run"):
-        shard_optimizer(model, adamw, mesh, ParallelConfig(zero=3))
+        shard_optimizer(model, plain_adamw, mesh, ParallelConfig(zero=3))
     with pytest.raises(UserError, match=r'Muon needs whole matrices: say so .*make\.shard = "param"'):
         shard_optimizer(make_model(Case()), lambda p: OPTIMIZERS["muon"](p), mesh, ParallelConfig(zero=1))
     with pytest.raises(UserError, match="Adafactor needs whole matrices"):
@@ -356,7 +339,7 @@ def fill_by_unit(folder):
         filled.append(sum(in_memory.values()))
         load_weights(model, folder / "saved", names)
 
-    shard_optimizer(model, adamw, init_mesh("cpu", zero_3), zero_3, fill)
+    shard_optimizer(model, plain_adamw, init_mesh("cpu", zero_3), zero_3, fill)
     assert max(filled) < 0.6 * sum(p.nbytes for p in model.parameters())  # a block of two, or the embedding
     save_pretrained(model, folder / "again")
     gate = model.layers["1"].mlp.gate
@@ -436,7 +419,7 @@ def test_a_nan_on_one_rank_stops_the_steps_of_all():
 def run_a_block_twice():
     model = make_model(Case())
     model.layers["1"] = model.layers["0"]
-    opt = shard_optimizer(model, adamw, init_mesh("cpu"), ParallelConfig())
+    opt = shard_optimizer(model, plain_adamw, init_mesh("cpu"), ParallelConfig())
     with pytest.raises(RuntimeError, match=r"^layers\.0\..* got a gradient after .* its block runs twice"):
         forward_backward(model, make_rows(0, 1), plain_loss, 1.0, ALONE, opt.backward)
 

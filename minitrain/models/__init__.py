@@ -81,8 +81,6 @@ def init_weights(model: nn.Module, seed: int, names: Collection[str] | None = No
         if names is not None and name not in names:
             continue
         owner, _, attribute = name.rpartition(".")
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
-            name = "embed_tokens.weight"  # a pipeline's last part has the tied matrix without the embedding
         if attribute == "bias":
             p.zero_()
         elif isinstance(owners[owner], nn.RMSNorm | nn.LayerNorm):

@@ -224,8 +224,8 @@ class CausalLM(nn.Module):
         raise NotImplementedError
 
     def forward(self, batch: Batch, x_TD: Tensor | None = None) -> Tensor:
-        """-> hidden states (T, D). On a part of a pipeline, x_TD comes from the part before and the ends are None."""
-        if self.embed_tokens is not None:
+        """-> hidden states (T, D). On a stage of a pipeline, x_TD comes from the one before; norm is on the last."""
+        if x_TD is None:
             x_TD = self.embed_tokens(batch.tokens)
         angle_TC2 = batch.positions[:, None] * rope_frequencies(self.config, x_TD.device)
         rope = angle_TC2.cos(), angle_TC2.sin()

@@ -10,19 +10,22 @@ from minitrain.config import TrainConfig, UserError
 from minitrain.parallel.cp import apply_cp
 from minitrain.parallel.ep import apply_ep
 from minitrain.parallel.mesh import Mesh
+from minitrain.parallel.pp import apply_pp
 from minitrain.parallel.recompute import KEEPS, recomputed
 from minitrain.parallel.tp import apply_tp
 
 
 def parallelize(model: nn.Module, mesh: Mesh, cfg: TrainConfig) -> nn.Module:
-    """Choose the attention backend; cut matrices (tp), experts (ep), rows (cp); compile each block, recompute it.
+    """Choose the attention backend; cut layers (pp), matrices (tp), experts (ep), rows (cp); compile blocks, recompute.
 
     Before the model gets its weights if it is on meta, so that no rank ever has all of them. What an earlier call put
     on the model gives way, but for cuts of parameters: UserError.
     """
-    if any(hasattr(p, "cut_on") for p in model.parameters()):
-        raise UserError("the weights of this model are cut by an earlier run with parallel.tp or ep")
+    if hasattr(model, "link") or any(hasattr(p, "cut_on") for p in model.parameters()):
+        raise UserError("the weights of this model are cut by an earlier run with parallel.pp, tp or ep")
     _use_attention(model, mesh, cfg)
+    if mesh.group("pp").size > 1:
+        apply_pp(model, mesh)
     if mesh.group("tp").size > 1:
         apply_tp(model, mesh)
     if mesh.group("ep").size > 1:

@@ -75,6 +75,30 @@ def gather_equal(values: Tensor, group: Group) -> Tensor:
     return rows
 
 
+def broadcast(values: Tensor, source: int, group: Group) -> None:
+    """In place, from a rank of the group."""
+    if group.size > 1:
+        dist.broadcast(values, group=group.handle, group_src=source)
+
+
+def gather_objects(value, group: Group) -> list:
+    """What each rank has, on the hosts: no device waits."""
+    values = [value] * group.size
+    if group.size > 1:
+        dist.all_gather_object(values, value, group=group.handle)
+    return values
+
+
+def send(x: Tensor, to: int, group: Group) -> dist.Work:
+    """x stays as it is until the work is waited for."""
+    return dist.isend(x, group=group.handle, group_dst=to)
+
+
+def receive(x: Tensor, source: int, group: Group) -> None:
+    """Into x. Messages between two ranks of a group arrive in the order in which they were sent."""
+    dist.recv(x, group=group.handle, group_src=source)
+
+
 def sum_equal(values: Tensor, group: Group) -> Tensor:
     """Sum over the ranks, added in their order: the same bits on every rank, whatever the algorithm of a reduction."""
     return values if group.size == 1 else gather_equal(values, group).sum(0)

@@ -28,11 +28,13 @@ _ALIGN = 64  # elements: 128 bytes of bf16, so that kernels see a parameter as t
 class Unit:
     """Where parameters lie in a flat tensor of `numel` elements, and in the shards that ranks cut it into.
 
-    Their gradients are summed over shard and replica, the ranks that cut it and those that repeat this one's shard.
+    Their gradients are summed over shard and replica, the ranks that cut it and those that repeat this one's shard; and
+    at the end of a step over ends, those that have the same shard on another stage of a pipeline.
     """
 
-    def __init__(self, params: dict[str, nn.Parameter], shard: Group, replica: Group):
-        self.params, self.shard, self.replica, self.starts, end = params, shard, replica, {}, 0
+    def __init__(self, params: dict[str, nn.Parameter], shard: Group, replica: Group, ends: Group):
+        self.params, self.shard, self.replica, self.ends = params, shard, replica, ends
+        self.starts, end = {}, 0
         for name, p in params.items():
             self.starts[name] = end
             end += _round_up(p.numel(), _ALIGN)
@@ -90,7 +92,8 @@ def make_units(model: nn.Module, mesh: Mesh) -> dict[str, Unit]:
             key = "/".join([".".join(name.split(".")[:depth]), *(kind if kind != DENSE else ())])
             params.setdefault(key, {})[name] = p
             axes[key] = kind
-    return {key: Unit(of, *mesh.sharding(axes[key])) for key, of in params.items()}
+    ends = {key: mesh.group("ends") if "ends" in kind else Group() for key, kind in axes.items()}
+    return {key: Unit(of, *mesh.sharding(axes[key]), ends[key]) for key, of in params.items()}
 
 
 def keys_of(child: str, units: dict[str, Unit]) -> list[str]:
@@ -130,6 +133,10 @@ class Gradients:
         self.pools = {}
         for numel, count in row_buffers({key: units[key] for key in units if key in self.keeps_shard}).items():
             self.pools[numel] = _Pool(numel, count, self.reduce_dtype, mesh.device, self.lane)
+        self.of_part = {}  # the units of each part of a pipeline's stage, of which most models have one
+        for part in getattr(model, "parts", [model]):
+            names = {name for name, _ in part.named_parameters()}
+            self.of_part[part] = [key for key, unit in units.items() if unit.params.keys() & names]
         self.hooks = [
             p.register_post_accumulate_grad_hook(functools.partial(self._add, key, name))
             for key, unit in units.items()
@@ -151,12 +158,12 @@ class Gradients:
             self.hooks.append(block.register_forward_hook(lambda _, _args, y, f=sum_these: on_gradient(y, f)))
 
     @contextlib.contextmanager
-    def backward(self, is_last: bool):
-        """Around the backward of one row; is_last: of the step."""
+    def backward(self, part: nn.Module, is_last: bool):
+        """Around the backward of one row, through the model or a part of it; is_last: of the step."""
         self.is_last = is_last
         yield
-        self._sum_over_ranks([key for key in self.units if key not in self.done])
-        self.done.clear()
+        self._sum_over_ranks([key for key in self.of_part[part] if key not in self.done])
+        self.done.difference_update(self.of_part[part])
 
     def _add(self, key: str, name: str, p: nn.Parameter) -> None:
         """A parameter's gradient is there."""
@@ -200,8 +207,12 @@ class Gradients:
     def finish(self) -> set[str]:
         """After the step's rows: the sums are complete. -> parameters of which some rank had a gradient."""
         self.lane.join()
+        for key, unit in self.units.items():
+            if unit.ends.size > 1:  # not before: until here the first stage waits for gradients of the last
+                self._all_reduce(self.sums[key], unit.ends)
+                self.got |= unit.params.keys()
         names = [name for unit in self.units.values() for name in unit.params]
-        counts = self.mesh.sum_host(torch.tensor([name in self.got for name in names], dtype=torch.int32))
+        counts = self.mesh.sum_host(torch.tensor([name in self.got for name in names], dtype=torch.int32), "stage")
         self.got.clear()
         return {name for name, count in zip(names, counts.tolist(), strict=True) if count}
 

@@ -39,6 +39,11 @@ class GatheredWeights:
         blocks = {key: block for key, block in blocks_of(model).items() if keys_of(key, units)}
         self.blocks = [keys_of(key, units) for key in blocks]
         self.others = [key for key in units if key.split("/")[0] not in blocks]
+        self.first, self.last = {}, set()  # block of each part of a pipeline's stage, of which most models have one
+        for part in getattr(model, "parts", [model]):
+            if own := [i for i, key in enumerate(blocks) if key.removeprefix("layers.") in part.layers]:
+                self.first[part] = own[0]
+                self.last.add(own[-1])
         model.register_forward_pre_hook(self._before_model)
         for i, block in enumerate(blocks.values()):
             block.register_forward_pre_hook(functools.partial(self._before_block, i))
@@ -78,33 +83,32 @@ class GatheredWeights:
         self.use(key)
         self.shown = key
 
-    def _gather_block(self, i: int) -> None:
-        if 0 <= i < len(self.blocks):
-            self.gather(*self.blocks[i])
-
-    def _before_model(self, *_) -> None:
+    def _before_model(self, part: nn.Module, _args) -> None:
         self.gather(*self.others)
-        self._gather_block(0)
+        if part in self.first:
+            self.gather(*self.blocks[self.first[part]])
         self.use(*self.others)
 
     def _before_block(self, i: int, _module, args) -> None:
         self.use(*self.blocks[i])
-        self._gather_block(i + 1)
+        if i not in self.last:
+            self.gather(*self.blocks[i + 1])
         on_gradient(args[0], functools.partial(self._backward_leaves, i))
 
     def _after_block(self, i: int, _module, _args, y_TD: Tensor) -> None:
-        if i + 1 == len(self.blocks) and y_TD.requires_grad:  # backward begins here
+        if i in self.last and y_TD.requires_grad:  # backward begins here
             on_gradient(y_TD, functools.partial(self._backward_enters, i))
         else:
             self.free(*self.blocks[i])
 
     def _backward_enters(self, i: int) -> None:
         self.use(*self.blocks[i])
-        self._gather_block(i - 1)
+        if i not in self.first.values():
+            self.gather(*self.blocks[i - 1])
 
     def _backward_leaves(self, i: int) -> None:
         self.free(*self.blocks[i])
-        if i:
+        if i not in self.first.values():
             self._backward_enters(i - 1)
 
 

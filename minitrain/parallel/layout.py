@@ -8,25 +8,30 @@ def objections(cfg: ParallelConfig, ranks: int, model=None) -> list[str]:
 
     model: the architecture's config, whose sizes are cut; None: not looked at.
     """
-    tp, cp, ep, within = cfg.tp, cfg.cp, cfg.ep, cfg.shard_within
+    pp, tp, cp, ep, within = cfg.pp, cfg.tp, cfg.cp, cfg.ep, cfg.shard_within
     reasons = []
-    if ranks % (tp * cp):
-        reasons.append(f"tp * cp = {tp * cp} does not divide WORLD_SIZE={ranks}")
-    data = max(1, ranks // (tp * cp)) * cp
+    if cfg.pp_parts > 1 and (pp == 1 or cfg.pp_schedule != "1f1b"):
+        reasons.append(f'pp_parts={cfg.pp_parts} needs several stages and pp_schedule="1f1b"')
+    if ranks % (pp * tp * cp):
+        reasons.append(f"pp * tp * cp = {pp * tp * cp} does not divide WORLD_SIZE={ranks}")
+    data = max(1, ranks // (pp * tp * cp)) * cp
     if data % ep:
-        reasons.append(f"ep={ep} does not divide the {data} ranks that have other tokens (WORLD_SIZE / tp)")
+        reasons.append(f"ep={ep} does not divide the {data} ranks that have other tokens (WORLD_SIZE / (pp * tp))")
     if within and data % within:
-        rule = f"WORLD_SIZE={ranks}" if tp == 1 else f"WORLD_SIZE / tp = {data}"
+        rule = f"WORLD_SIZE={ranks}" if pp * tp == 1 else f"WORLD_SIZE / (pp * tp) = {data}"
         reasons.append(f"shard_within={within} does not divide {rule}; use a divisor of it")
     if within % ep:
         reasons.append(f"shard_within={within} is not a multiple of ep={ep}")
     if model is not None:
-        reasons += _objections_of_model(tp, ep, model)
+        reasons += _objections_of_model(pp, cfg.pp_parts, tp, ep, model)
     return [f"parallel.{reason}" for reason in reasons]
 
 
-def _objections_of_model(tp, ep, model):
+def _objections_of_model(pp, parts, tp, ep, model):
     reasons = []
+    if pp * parts > model.num_hidden_layers:
+        name = "pp" if parts == 1 else "pp * pp_parts"
+        reasons.append(f"{name}={pp * parts} is more than num_hidden_layers={model.num_hidden_layers}")
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
     if tp > kv_heads and (tp % kv_heads or heads % tp):
         reasons.append(

@@ -1,7 +1,9 @@
 """The ranks of a run: one process a GPU, started by torchrun or srun, each with its place on named axes.
 
     ranks     0 1 2 3 4 5 6 7              their grid: (pp, dp, cp, tp), the last ones neighbours
-    dp        all, with tp = cp = 1        ranks that have other rows of the data
+    pp        {0 4} {1 5} {2 6} {3 7}      with pp = 2: stages that pass rows on; "stage" {0 1 2 3} {4 5 6 7}
+    ends      of each pp the first and the last stage, which both have a tied embedding
+    dp        all, with pp = tp = cp = 1   ranks that have other rows of the data
     ep        {0 1} {2 3} {4 5} {6 7}      with ep = 2: neighbours within dp x cp, each with its part of the experts
     shard     {0 1 2 3} {4 5 6 7}          ranks that together hold one copy (parallel.shard_within = 4)
     replica   {0 4} {1 5} {2 6} {3 7}      ranks that hold the same piece of it; dp x cp = shard x replica
@@ -22,7 +24,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from minitrain.config import ParallelConfig, UserError
 from minitrain.parallel.comm import Group
@@ -35,14 +37,16 @@ GRAD_SUMS = {
     ("dp", "cp", "tp"): ("copies", "part", "ep", "kv", "kv_copies"),
     ("dp", "cp", "kv_copies"): ("copies", "part", "ep", "kv_copies"),
     ("expert_dp",): ("copies", "part"),
+    ("dp", "cp", "ends"): ("copies", "part", "ep"),  # and then over "ends"
 }
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """groups: by axis, "world", "data" (dp x cp) and parts of tp; a name that is not there is a group of one.
+    """groups: by axis, "world", "stage", "data" (dp x cp) and others; a name that is not there is a group of one.
 
     shardings: of each kind of parameter, by its grad_sum_on, the groups shard and replica: it is summed over both.
+    schedule, parts: of a pipeline's stages.
     """
 
     device: torch.device
@@ -53,6 +57,8 @@ class Mesh:
     groups: dict[str, Group] = field(default_factory=dict)
     shardings: dict[tuple[str, ...], tuple[Group, Group]] = field(default_factory=dict)
     timeout_s: int = ParallelConfig.timeout_s
+    schedule: str = ParallelConfig.pp_schedule
+    parts: int = ParallelConfig.pp_parts
 
     def group(self, name: str) -> Group:
         return self.groups.get(name, Group())
@@ -60,6 +66,10 @@ class Mesh:
     def sharding(self, grad_sum_on: tuple[str, ...]) -> tuple[Group, Group]:
         """-> shard, replica."""
         return self.shardings.get(grad_sum_on, (Group(), Group()))
+
+    def is_second_copy(self, p: nn.Parameter) -> bool:
+        """Whether p is a tied head on the last stage of a pipeline, whose first stage has it, too."""
+        return "ends" in getattr(p, "grad_sum_on", ()) and self.group("ends").rank > 0
 
     @property
     def ranks_of_a_row(self) -> int:
@@ -70,18 +80,23 @@ class Mesh:
         """As sum(), of what all ranks with the same rows know alike: counted once."""
         return self.sum(number) // self.ranks_of_a_row
 
+    def sum_stages(self, number: int) -> int:
+        """As sum(), of what all ranks of a stage know alike: counted once."""
+        return self.sum(number) * self.group("pp").size // self.size
+
     def sum(self, number: int) -> int:
         """Over all ranks, on the hosts: no device waits. TimeoutError names the ranks that did not come to it."""
         return int(self.sum_host(torch.tensor(number))) if self.size > 1 else number
 
-    def sum_host(self, counts: Tensor) -> Tensor:
-        """A host tensor of integers, summed over all ranks in place."""
-        if self.size == 1:
+    def sum_host(self, counts: Tensor, among: str | None = None) -> Tensor:
+        """A host tensor of integers, summed in place over all ranks, or over a group that is as large on every rank."""
+        group = self.group(among) if among else Group(self.rank, self.size)
+        if group.size == 1:
             return counts
         store = dist.distributed_c10d._get_default_store()
         turn = store.add(f"turns of rank {self.rank}", 1)  # each rank calls this equally often
         try:
-            dist.all_reduce(counts, async_op=True).wait(timedelta(seconds=self.timeout_s))
+            dist.all_reduce(counts, group=group.handle, async_op=True).wait(timedelta(seconds=self.timeout_s))
         except RuntimeError:
             time.sleep(1)  # for those that are on their way
             missing = [r for r in range(self.size) if store.add(f"turns of rank {r}", 0) < turn]
@@ -129,32 +144,39 @@ def init_mesh(device: str, cfg: ParallelConfig | None = None, model=None) -> Mes
         _join(rank, size, "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", cfg.timeout_s)
     groups, shardings = _make_groups(rank, size, cfg, model, timedelta(seconds=2 * cfg.timeout_s))
     dp = groups["dp"]
-    return Mesh(torch.device(device), rank, size, dp.rank, dp.size, groups, shardings, cfg.timeout_s)
+    pipeline = cfg.pp_schedule, cfg.pp_parts
+    return Mesh(torch.device(device), rank, size, dp.rank, dp.size, groups, shardings, cfg.timeout_s, *pipeline)
 
 
 def _make_groups(rank: int, size: int, cfg: ParallelConfig, model, timeout: timedelta):
     """-> Mesh.groups, Mesh.shardings. Every rank makes every group, in the same order; ranks that meet twice, once."""
-    data = size // cfg.tp
+    data = size // (cfg.pp * cfg.tp)
     within = cfg.shard_within or data
     part = within // cfg.ep if cfg.zero else 1
     kv = min(cfg.tp, model.num_key_value_heads) if model else cfg.tp
-    axes = {"dp": data // cfg.cp, "cp": cfg.cp, "tp": cfg.tp}
+    axes = {"pp": cfg.pp, "dp": data // cfg.cp, "cp": cfg.cp, "tp": cfg.tp}
     fine = {"copies": data // (part * cfg.ep), "part": part, "ep": cfg.ep, "kv": kv, "kv_copies": cfg.tp // kv}
+    fine = {"pp": cfg.pp, **fine}
     made = {}
 
-    def group(grid: dict[str, int], names: Collection[str]) -> Group:
+    def group(grid: dict[str, int], names: Collection[str], stages: slice = slice(None), wires: str = "") -> Group:
+        """Ranks of these stages that differ in these dimensions only; wires: connections of their own have a name."""
         across = [i for i, name in enumerate(grid) if name not in names]
         along = [i for i, name in enumerate(grid) if name in names]
-        ranks = torch.arange(size).view(*grid.values()).permute(across + along)
-        rows = ranks.reshape(-1, math.prod(grid[name] for name in names)).tolist()
-        for row in map(tuple, rows):
-            if len(row) > 1 and row not in made:
-                made[row] = dist.group.WORLD if len(row) == size else dist.new_group(row, timeout)
-        mine = next(row for row in rows if rank in row)
-        return Group(mine.index(rank), len(mine), made.get(tuple(mine)))
+        ranks = torch.arange(size).view(*grid.values())[stages].permute(across + along)
+        rows = list(map(tuple, ranks.reshape(-1, math.prod(ranks.shape[len(across) :])).tolist()))
+        for row in rows:
+            if len(row) > 1 and (row, wires) not in made:
+                is_world = len(row) == size and not wires
+                made[row, wires] = dist.group.WORLD if is_world else dist.new_group(row, timeout)
+        mine = next((row for row in rows if rank in row), (rank,))  # of other stages: alone
+        return Group(mine.index(rank), len(mine), made.get((mine, wires)))
 
-    groups = {"world": group(axes, axes), "data": group(axes, ("dp", "cp"))}
+    groups = {"world": group(axes, axes), "stage": group(axes, ("dp", "cp", "tp")), "data": group(axes, ("dp", "cp"))}
     groups |= {name: group(axes, (name,)) for name in axes}
+    groups |= {"ends": group(axes, ("pp",), slice(None, None, max(1, cfg.pp - 1)))}
+    wires = ("pp_back", "pp_around", "pp_back_around") if cfg.pp_parts > 1 else ("pp_back",)
+    groups |= {name: group(axes, ("pp",), wires=name) for name in wires}
     groups |= {name: group(fine, (name,)) for name in ("ep", "kv", "kv_copies")}
     shardings = {}
     for axes_of_kind, dims in GRAD_SUMS.items():

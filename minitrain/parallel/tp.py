@@ -46,7 +46,9 @@ def apply_tp(model: nn.Module, mesh: Mesh) -> None:
     model.register_forward_hook(functools.partial(_join_tokens, mesh.group("tp")))
 
 
-def _join_tokens(group, _model, args, hidden_TD):
+def _join_tokens(group, model, args, hidden_TD):
+    if model.norm is None:  # stages of a pipeline pass each rank's tokens on
+        return hidden_TD
     return JoinTokens.apply(hidden_TD, len(args[0].tokens), group)
 
 

@@ -68,7 +68,9 @@ class MasterOptimizer:
             if self.masters[name] is not p
         ]
 
-    backward = staticmethod(contextlib.nullcontext)  # a context for the backward of each row, which needs none here
+    def backward(self, part: nn.Module, is_last: bool) -> contextlib.AbstractContextManager:
+        """A context for the backward of one row, through the model or a part of it; is_last: of the step."""
+        return contextlib.nullcontext()
 
     def close(self) -> None:
         """Let go of the model: its gradients stay its own again."""
@@ -267,9 +269,8 @@ class ShardedOptimizer(MasterOptimizer):
             return unit.span(name, unit.shard.rank)
         return super()._span(name) if self.owners.of[name] == unit.shard.rank else (0, 0)
 
-    def backward(self, is_last: bool):
-        """A context for the backward of one row; is_last: of the step."""
-        return self.gradients.backward(is_last)
+    def backward(self, part: nn.Module, is_last: bool) -> contextlib.AbstractContextManager:
+        return self.gradients.backward(part, is_last)
 
     def close(self) -> None:
         """Gradients are the model's own again. Under ZeRO 3 its weights stay shared out: all ranks run it together."""
@@ -280,7 +281,8 @@ class ShardedOptimizer(MasterOptimizer):
     def _grad_norm(self) -> Tensor:
         self.with_gradient = self.gradients.finish()
         sums = self.gradients.sums
-        counted = [sums[key] for key, unit in self.units.items() if unit.replica.rank == 0]  # each once in all ranks
+        firsts = [key for key, unit in self.units.items() if unit.replica.rank == unit.ends.rank == 0]
+        counted = [sums[key] for key in firsts]  # each once in all ranks
         counted = counted or [next(iter(sums.values())).new_zeros(1)]
         return sum_equal(global_norm(counted).square(), self.mesh.group("world")).sqrt()
 
@@ -342,8 +344,9 @@ class ShardedOptimizer(MasterOptimizer):
     def _to_save(self) -> list[str]:
         """Ranks that hold the same piece share the work parameter by parameter; frozen ones are on every rank."""
         mine = []
-        for i, name in enumerate(super()._to_save()):
-            same = self.units[self.unit_of[name]].replica if name in self.unit_of else self.mesh
+        names = [name for name in super()._to_save() if not self.mesh.is_second_copy(self.params[name])]
+        for i, name in enumerate(names):
+            same = self.units[self.unit_of[name]].replica if name in self.unit_of else self.mesh.group("stage")
             if i % same.size == same.rank and (name in self.masters or name not in self.unit_of):
                 mine.append(name)
         return mine

@@ -1,0 +1,274 @@
+"""Pipelines: their schedules without processes, and against one process in every company."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import TINY, read_metrics, spawn, tiny_run, write_corpus
+from safetensors.torch import load_file
+from test_axes import MODELS, check, errors, model_of, write_expected
+from test_convert import contents, convert, newest
+from test_hacks import z_loss
+from test_validate import validation_rows
+from torch import nn
+
+import minitrain as mt
+from minitrain.config import ParallelConfig, TrainConfig, UserError
+from minitrain.hf import load_weights
+from minitrain.models import build_model, init_weights, materialize
+from minitrain.parallel import parallelize
+from minitrain.parallel.layout import objections
+from minitrain.parallel.mesh import init_mesh
+from minitrain.parallel.pp import schedule, share_blocks
+
+SCHEDULES = ("1f1b", "gpipe")
+
+
+# ---- schedules
+
+
+def simulate(kind, stages, rows, parts=1, forward=1, backward=2):
+    """Every stage does its actions in order, each as soon as what it needs is there. -> (time of all, the most rows
+    under way on each stage); AssertionError if they wait for each other."""
+    plans = [schedule(kind, stage, stages, rows, parts) for stage in range(stages)]
+    at, clocks, ended, most = [0] * stages, [0] * stages, {}, [0] * stages
+    while any(at[stage] < len(plan) for stage, plan in enumerate(plans)):
+        moved = False
+        for stage, plan in enumerate(plans):
+            while at[stage] < len(plan):
+                action, row, part = plan[at[stage]]
+                place = part * stages + stage
+                neighbour = place - 1 if action == "forward" else place + 1
+                needs = [(neighbour, action, row)] if 0 <= neighbour < stages * parts else []
+                needs += [(place, "forward", row)] if action == "backward" else []
+                if not all(need in ended for need in needs):
+                    break
+                begin = max([clocks[stage], *(ended[need] for need in needs)])
+                clocks[stage] = begin + (forward if action == "forward" else backward)
+                ended[place, action, row] = clocks[stage]
+                at[stage] += 1
+                under_way = sum(1 if done == "forward" else -1 for done, *_ in plan[: at[stage]])
+                most[stage] = max(most[stage], under_way)
+                moved = True
+        assert moved, "the stages wait for each other"
+    return max(clocks), most
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("stages", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 20])
+def test_a_schedule_ends_after_the_bubble_that_it_must_have(kind, stages, rows):
+    time, most = simulate(kind, stages, rows)
+    assert time == (rows + stages - 1) * 3
+    assert most == [rows if kind == "gpipe" else min(rows, stages - stage) for stage in range(stages)]
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4, 8])
+@pytest.mark.parametrize("parts", [2, 3, 4])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 16, 23])
+def test_with_parts_stages_wait_for_less_by_their_number(stages, parts, rows):
+    time, most = simulate("1f1b", stages, rows, parts)
+    assert time == (rows * parts + stages - 1) * 3 or rows < stages
+    assert max(most) <= stages * 2 + (parts - 1) * (2 * stages - 1)
+
+
+@pytest.mark.parametrize("kind, parts", [("gpipe", 1), ("1f1b", 1), ("1f1b", 3)])
+def test_messages_arrive_in_the_order_in_which_they_are_taken(kind, parts):
+    """And the last row's backward is the last one through each part, on which Gradients relies."""
+    plans = [schedule(kind, stage, 4, 11, parts) for stage in range(4)]
+    for action in ("forward", "backward"):
+        order = [[(row, part) for what, row, part in plan if what == action] for plan in plans]
+        assert order == order[:1] * 4
+        for part in range(parts):
+            assert [row for row, p in order[0] if p == part] == list(range(11))
+        before = [(row, part + 1) for row, part in order[0] if part < parts - 1]  # around, to the next part
+        assert before == [(row, part) for row, part in order[0] if part]
+
+
+def test_one_stage_does_a_row_after_the_other():
+    assert schedule("1f1b", 0, 1, 2) == [("forward", 0, 0), ("backward", 0, 0), ("forward", 1, 0), ("backward", 1, 0)]
+
+
+# ---- stages
+
+
+@pytest.mark.parametrize(
+    "costs, stages, lengths",
+    [
+        ([1] * 8, 4, [2, 2, 2, 2]),
+        ([1] * 7, 4, [1, 2, 2, 2]),
+        ([1] * 27 + [11], 4, [9, 9, 9, 1]),  # a head that costs as much as ten blocks
+        ([1] * 7 + [4], 4, [2, 2, 3, 1]),
+        ([5, 1, 1, 1, 1, 1], 2, [1, 5]),
+        ([1, 1, 1], 3, [1, 1, 1]),
+    ],
+)
+def test_the_costliest_stage_costs_as_little_as_can_be(costs, stages, lengths):
+    parts = share_blocks(costs, stages)
+    assert [len(part) for part in parts] == lengths
+    assert [i for part in parts for i in part] == list(range(len(costs)))
+
+
+# ---- against one process
+
+
+def test_two_stages_equal_one_process(tmp_path):
+    check(2, [ParallelConfig(pp=2), ParallelConfig(pp=2, pp_parts=2, zero=3)], tmp_path, num_rows=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_two_stages_equal_one_process_for_any_number_of_rows(kind, rows, tmp_path):
+    check(2, [ParallelConfig(pp=2, pp_schedule=kind)], tmp_path, num_rows=rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, rows", [(3, 1), (3, 5), (4, 1), (4, 6)])
+def test_more_stages_equal_one_process(ranks, rows, tmp_path):
+    check(ranks, [ParallelConfig(pp=ranks, pp_schedule=kind) for kind in SCHEDULES], tmp_path, num_rows=rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, rows", [(2, 1), (2, 4), (2, 5), (3, 7)])
+def test_stages_of_parts_equal_one_process(ranks, rows, tmp_path):
+    check(ranks, [ParallelConfig(pp=ranks, pp_parts=parts) for parts in (2, 3)], tmp_path, num_rows=rows)
+
+
+@pytest.mark.slow
+def test_stages_of_parts_and_another_axis_equal_one_process(tmp_path):
+    layouts = [{}, {"tp": 2}, {"cp": 2}, {"ep": 2}, {"zero": 2}]
+    check(4, [ParallelConfig(pp=2, pp_parts=2, **sizes) for sizes in layouts], tmp_path)
+
+
+@pytest.mark.slow
+def test_stages_and_another_axis_equal_one_process(tmp_path):
+    layouts = [{}, {"tp": 2}, {"cp": 2}, {"ep": 2}, {"zero": 1}, {"zero": 2}, {"tp": 2, "zero": 2}]
+    check(4, [ParallelConfig(pp=2, **sizes) for sizes in layouts], tmp_path)
+
+
+@pytest.mark.slow
+def test_recomputed_blocks_of_stages_repeat_their_collectives(tmp_path):
+    layouts = [ParallelConfig(pp=2, tp=2), ParallelConfig(pp=2, ep=2)]
+    check(4, layouts, tmp_path, TrainConfig(recompute="full"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_stages_and_two_other_axes_equal_one_process(tmp_path):
+    layouts = [{"tp": 2, "ep": 2}, {"tp": 2, "cp": 2}, {"cp": 2, "ep": 2}, {"zero": 2, "shard_within": 2}]
+    check(8, [ParallelConfig(pp=2, **sizes) for sizes in layouts], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_all_axes_together_equal_one_process(tmp_path):
+    check(16, [ParallelConfig(pp=2, cp=2, tp=2, ep=2)], tmp_path)
+
+
+# ---- each part of it is needed
+
+
+def without(name, mesh):
+    return dataclasses.replace(mesh, groups={other: group for other, group in mesh.groups.items() if other != name})
+
+
+def compare_with_mistakes(folder):
+    pp = ParallelConfig(pp=2)
+    for name, group, wrong in (("tied", "ends", "gradient embed_tokens.weight"), ("llama", "world", "norm")):
+        spoil = functools.partial(without, group)
+        found = errors(name, pp, folder, steps=1, spoil_mesh=spoil)
+        assert found[wrong] > 1e-5, (name, group)
+        assert group == "ends" or all(value < 1e-11 for key, value in found.items() if key != wrong)
+
+
+def test_the_sums_over_stages_are_needed(tmp_path):
+    write_expected(tmp_path / "one", [(name, ParallelConfig(pp=2)) for name in ("tied", "llama")])
+    spawn(2, compare_with_mistakes, tmp_path / "one")
+
+
+# ---- whole runs: hacks, checkpoints, validation
+
+
+def test_a_run_goes_on_with_other_stages_validates_and_is_converted(tmp_path):
+    """Two stages, then one process, then two stages of two parts each: as if nothing had happened."""
+    documents = [[(7 * d + n) % 97 for n in range(2 + 5 * d % 29)] for d in range(60)]
+    path = str(write_corpus(tmp_path / "corpus", documents))
+    model = mt.Qwen3Config(**TINY | {"num_hidden_layers": 5}, tie_word_embeddings=True)
+
+    def config(name, steps, **parallel):
+        return tiny_run(
+            path, tmp_path / name, model, train={"steps": steps, "validate_every": 2}, parallel=parallel,
+            optim={"schedule": "constant", "lr": 1e-2, "warmup_steps": 0},
+            data={"rows_per_step": 2, "held_out": 9, "packing": "best_fit"},
+        )  # fmt: skip
+
+    mt.train(config("alone", 6))
+    spawn(2, mt.train, config("moved", 2, pp=2))
+    mt.train(config("moved", 4))
+    spawn(2, mt.train, config("moved", 6, pp=2, pp_parts=2, zero=1))
+    for read, keys in ((read_metrics, ("loss", "grad_norm")), (validation_rows, ("loss", "perplexity"))):
+        for row, of_one in zip(read(tmp_path / "moved"), read(tmp_path / "alone"), strict=True):
+            assert row["step"] == of_one["step"] and row["trained_tokens"] == of_one["trained_tokens"]
+            assert [row[key] for key in keys] == pytest.approx([of_one[key] for key in keys], rel=1e-4)
+    convert.main([str(newest(config("moved", 6))), "--out", str(tmp_path / "out")])
+    folders = tmp_path / "out", tmp_path / "moved" / "export", tmp_path / "alone" / "export"
+    converted, moved, alone = (load_file(folder / "model.safetensors") for folder in folders)
+    assert moved.keys() == alone.keys() == converted.keys()
+    assert all(moved[name].equal(converted[name]) for name in moved)
+    assert all(torch.allclose(moved[name], alone[name], atol=1e-4) for name in alone)
+
+
+def load_stages(folder):
+    one = load_file(folder / "model.safetensors")
+    names = set()
+    mesh = init_mesh("cpu", ParallelConfig(pp=2), model_of("tied", ParallelConfig(pp=2)))
+    model = parallelize(build_model(model_of("tied", ParallelConfig(pp=2))), mesh, TrainConfig())
+    materialize(model, "cpu", torch.float32)
+    load_weights(model, folder)
+    for name, p in model.named_parameters():
+        assert p.equal(one[f"model.{name}"]), name
+        names.add(name)
+    assert len(names) < 0.75 * len(one) and "embed_tokens.weight" in names  # both ends have it
+    assert (model.lm_head is None) == (mesh.rank == 0)
+    mt.save_pretrained(model, folder.with_name("again"))
+    with pytest.raises(UserError, match="cut by an earlier run"):
+        parallelize(model, mesh, TrainConfig())
+    model = build_model(model_of("llama", ParallelConfig(pp=2))).requires_grad_(False)
+    with pytest.raises(UserError, match=r"parallel\.pp: all of stage [01] is frozen; use fewer stages than pp=2"):
+        parallelize(model, mesh, TrainConfig())
+    model = build_model(model_of("tied", ParallelConfig(pp=2)))
+    model.extra = nn.Linear(3, 3)
+    with pytest.raises(UserError, match=r"parallel\.pp: which stage has extra\?"):
+        parallelize(model, mesh, TrainConfig())
+
+
+def test_each_stage_reads_its_own_pretrained_weights_and_together_they_save_them(tmp_path):
+    model = build_model(model_of("tied", ParallelConfig(pp=2)), "cpu")
+    init_weights(model, 0)
+    mt.save_pretrained(model, tmp_path / "saved")
+    spawn(2, load_stages, tmp_path / "saved")
+    assert contents(tmp_path / "again") == contents(tmp_path / "saved")
+
+
+def test_more_stages_than_layers_are_refused():
+    assert objections(ParallelConfig(pp=3), 3, MODELS["tied"]) == ["parallel.pp=3 is more than num_hidden_layers=2"]
+    too_many, without = ParallelConfig(pp=2, pp_parts=2), ParallelConfig(pp_parts=2)
+    assert objections(too_many, 2, MODELS["tied"]) == ["parallel.pp * pp_parts=4 is more than num_hidden_layers=2"]
+    assert objections(without, 1, MODELS["tied"]) == ['parallel.pp_parts=2 needs several stages and pp_schedule="1f1b"']
+
+
+def look_at_extras_and_ends(cfg):
+    seen = []
+    model = mt.train(cfg, loss_fn=z_loss, on_step=lambda step, model, extras: seen.append([*extras]))
+    assert seen == [["cross_entropy", "z"]] * 5
+    ends = [None] * 2
+    dist.all_gather_object(ends, model.embed_tokens.weight.detach())
+    assert ends[0].equal(ends[1])
+
+
+def test_every_stage_knows_the_extras_of_the_loss_and_a_tied_matrix_stays_the_same_to_the_bit(corpus, tmp_path):
+    train = {"steps": 5, "dtype": "bfloat16"}
+    spawn(2, look_at_extras_and_ends, tiny_run(corpus, tmp_path / "run", train=train, parallel={"pp": 2}))
