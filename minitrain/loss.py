@@ -5,7 +5,6 @@ number of trained tokens of all rows and ranks, so that cutting a step into more
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minitrain.batch import IGNORE, Batch
@@ -51,10 +50,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_x = torch.empty_like(x_TD) if with_grad else None
         d_w = torch.zeros_like(w_VD, dtype=_wide(w_VD.dtype)) if with_grad else None
         losses = []
-        rows = piece_rows(w_VD.shape[0], x_TD.element_size())
-        for start in range(0, len(x_TD), rows):
+        rows = min(len(x_TD), piece_rows(w_VD.shape[0], x_TD.element_size()))
+        buffer = x_TD.new_empty(rows, len(w_VD))  # one for all pieces: else two would be there at a time
+        for start in range(0, len(x_TD), max(1, rows)):
             piece = slice(start, start + rows)
-            x, logits_NV = x_TD[piece], F.linear(x_TD[piece], w_VD)
+            x = x_TD[piece]
+            logits_NV = torch.mm(x, w_VD.T, out=buffer[: len(x)])
             if vocabulary is _Whole:
                 losses.append(softmax_cross_entropy_(logits_NV, targets_T[piece], with_grad))
             else:

@@ -18,9 +18,11 @@ import minitrain as mt
 from minitrain.config import ParallelConfig, TrainConfig, UserError
 from minitrain.hf import load_weights
 from minitrain.models import build_model, init_weights, materialize
-from minitrain.parallel import parallelize
+from minitrain.parallel import parallelize, pp
+from minitrain.parallel.comm import Group
+from minitrain.parallel.ddp import on_gradient
 from minitrain.parallel.layout import objections
-from minitrain.parallel.mesh import init_mesh
+from minitrain.parallel.mesh import Mesh, init_mesh
 from minitrain.parallel.pp import schedule, share_blocks
 
 SCHEDULES = ("1f1b", "gpipe")
@@ -109,6 +111,23 @@ def test_the_costliest_stage_costs_as_little_as_can_be(costs, stages, lengths):
     parts = share_blocks(costs, stages)
     assert [len(part) for part in parts] == lengths
     assert [i for part in parts for i in part] == list(range(len(costs)))
+
+
+def test_a_block_has_all_its_gradients_before_its_input_has_one_also_where_a_stage_begins(monkeypatch):
+    """With a norm whose backward makes those of weight and input at once, as RMSNorm's does on a GPU."""
+    model, batch, seen = build_model(mt.Qwen3Config(**TINY), "cpu"), mt.Batch.pack([torch.arange(20)]), []
+    init_weights(model, seed=0)
+    block = model.layers["0"]
+    block.input_layernorm = nn.LayerNorm(TINY["hidden_size"])
+    for name, p in block.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda _, name=name: seen.append(name))
+    block.register_forward_pre_hook(lambda _, args: on_gradient(args[0], lambda: seen.append("input")))
+    monkeypatch.setattr(pp, "receive", lambda x, *_: x.normal_())
+    monkeypatch.setattr(pp, "send", lambda *_: None)
+    link = pp.Link(Mesh(torch.device("cpu"), groups={"pp": Group(1, 2)}))
+    x_TD, y_TD = link.forward(model, batch)
+    link.backward(x_TD, y_TD.sum())
+    assert seen[-1] == "input" and sorted(seen[:-1]) == sorted(name for name, _ in block.named_parameters())
 
 
 # ---- against one process

@@ -154,7 +154,9 @@ class Link:
             T = -(-len(batch.tokens) // self.tp.size)  # between blocks ranks of tp share the tokens
             x_TD = _empty(model, T, model.config.hidden_size)
             receive(x_TD, self.before, self.from_before)
-            y_TD = model(batch, x_TD.requires_grad_(torch.is_grad_enabled()))
+            x_TD.requires_grad_(torch.is_grad_enabled())
+            # NOTE: a view, since the gradient of a leaf may be there before those of parameters made with it.
+            y_TD = model(batch, x_TD.view_as(x_TD))
         if not self.is_last:
             self._send(y_TD.detach(), self.after, self.to_after)
         return x_TD, y_TD
