@@ -6,7 +6,8 @@
     block   all but attention                           the block's input, attention's results
     full    all                                         the block's input
 
-"none" and "cheap" cost no matrix product, "block" and "full" a forward of the block.
+"none" and "cheap" cost no matrix product, "block" and "full" a forward of the block. Under "cheap" and "block" a block
+that cannot be compiled as one graph, as with experts on several ranks, runs uncompiled.
 Chen et al. 2016, arXiv:1604.06174.
 """
 
