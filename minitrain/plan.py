@@ -109,7 +109,7 @@ def _kept_per_token(cfg, recompute: str) -> int:
         return D + q
     products = D + (q + 2 * kv) + q + D + copies * 2 * F + experts * D  # a block's input; results of matrix products
     if recompute == "cheap":
-        return products
+        return products + (q + kv if cfg.type.startswith("qwen3") else 0)  # after norm_rotate
     return products + 2 * D + (q + kv) + copies * F + experts * D  # norms; after RoPE; SwiGLU's; copies of tokens
 
 

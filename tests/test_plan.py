@@ -19,7 +19,7 @@ from minitrain.plan import predict_memory
 CONFIGS = Path(__file__).parents[1] / "configs"
 MEASURED = [  # GiB at peak on one GPU: benchmarks/2026-11-25-one-gpu.md
     (49.7, "qwen3_0.6b", []),
-    (35.7, "qwen3_0.6b", ["--train.recompute=cheap"]),
+    (40.9, "qwen3_0.6b", ["--train.recompute=cheap"]),
     (16.4, "qwen3_0.6b", ["--train.recompute=block"]),
     (12.9, "qwen3_0.6b", ["--train.recompute=full"]),
     (67.2, "qwen3_30b_a3b", ["--model.num_hidden_layers=6"]),

@@ -2,7 +2,7 @@
 
             computes again                              keeps
     none    what the compiler finds cheap               the rest
-    cheap   pointwise operations, norms, copies         results of matrix products, sorts, attention
+    cheap   pointwise operations, norms, copies         results of matrix products, sorts, attention, norm_rotate
     block   all but attention                           the block's input, attention's results
     full    all                                         the block's input
 
@@ -19,6 +19,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 _COSTLY = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "_grouped_mm", "topk", "sort")}
+_COSTLY |= {"minitrain::norm_rotate"}  # of what is left it takes most of the time: half of what "cheap" would cost
 
 
 def _is_attention(op) -> bool:
