@@ -78,8 +78,8 @@ def _of_stage(cfg: Config, ranks: int, stage: Group) -> Memory:
         held = max(sum(sizes[i : i + 3]) for i in range(len(sizes)))
     moments = 2 * (_WIDE if cfg.optim.moments == "float32" else 2)
     states = held * (moments + (_WIDE if is_flat or width < _WIDE else 0))
-    whole_block = T * width * _kept_per_token(cfg.model, "none")
-    kept = T * width * _kept_per_token(cfg.model, cfg.train.recompute)
+    whole_block = T * width * _kept_per_token(model, "none")
+    kept = T * width * _kept_per_token(model, cfg.train.recompute)
     one_row = not is_flat and cfg.data.rows_per_step == 1
     buffers = width * (whole - sum(blocks) + 2 * max(blocks)) if gathers else 0
     if zero >= 2:
@@ -97,8 +97,9 @@ def _of_stage(cfg: Config, ranks: int, stage: Group) -> Memory:
     )
 
 
-def _kept_per_token(cfg, recompute: str) -> int:
+def _kept_per_token(model, recompute: str) -> int:
     """Elements that a block keeps of a token."""
+    cfg, has_norms = model.config, any("q_norm" in name for name, _ in model.named_parameters())
     D, C = cfg.hidden_size, cfg.head_dim
     q, kv = cfg.num_attention_heads * C, cfg.num_key_value_heads * C
     experts = getattr(cfg, "num_experts_per_tok", 0)  # each has a copy of the token
@@ -109,7 +110,7 @@ def _kept_per_token(cfg, recompute: str) -> int:
         return D + q
     products = D + (q + 2 * kv) + q + D + copies * 2 * F + experts * D  # a block's input; results of matrix products
     if recompute == "cheap":
-        return products + (q + kv if cfg.type.startswith("qwen3") else 0)  # after norm_rotate
+        return products + (q + kv if has_norms else 0)  # after norm_rotate
     return products + 2 * D + (q + kv) + copies * F + experts * D  # norms; after RoPE; SwiGLU's; copies of tokens
 
 
