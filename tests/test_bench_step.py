@@ -62,6 +62,7 @@ def test_bytes_bandwidth_and_hidden_time_of_a_trace():
     assert reduces == {"collective": "AllReduce", "a step": "0", "MB": "3", "ms": "0.0", "GB/s": "120", "hidden": "0%"}
 
 
+@pytest.mark.slow
 def test_it_runs_on_two_ranks(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}

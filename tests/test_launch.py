@@ -117,6 +117,7 @@ def test_a_scheduler_that_ends_torchrun_finds_the_run_saved(launch, tmp_path):
     assert len(read_metrics(tmp_path / "run")) == step
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_config_is_shown_once(launch):
     _, err = end(launch("pass", "--data.rows_per_step=3"))
     assert err.count("error: ") == 1

@@ -203,6 +203,7 @@ def test_ranks_equal_one_process(ranks, tmp_path):
     check(ranks, product(ranks), tmp_path)
 
 
+@pytest.mark.slow
 def test_ranks_equal_one_process_with_copies_other_optimizers_offload_and_narrow_dtypes(tmp_path):
     """Copies: of 4 ranks, pairs that share and repeat each other. Muon has whole matrices, Lion pieces as AdamW."""
     pairs = [ParallelConfig(zero=zero, shard_within=2) for zero in (1, 2, 3)]
@@ -220,6 +221,7 @@ def test_frozen_parameters_and_those_that_some_or_all_ranks_do_not_use(tmp_path)
     check(2, [(Case("llama", 2, odd=True), parallel, 1e-12) for parallel in ZERO], tmp_path)
 
 
+@pytest.mark.slow
 def test_recomputed_blocks_find_their_weights(tmp_path):
     cases = [Case("moe", 4, train=(("recompute", recompute),)) for recompute in ("cheap", "block", "full")]
     check(2, [(case, ParallelConfig(zero=3), 1e-12) for case in cases], tmp_path)
@@ -438,6 +440,7 @@ def go_on(runs, steps):
         assert tokens.equal(load_file(f"{cfg.run_dir}/../tokens-{steps}")["tokens"])
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_under_any_stage_on_any_number_of_ranks(corpus, tmp_path):
     """3 steps on some ranks, 3 more on others: losses, export and what it generates are those of one process."""
 
