@@ -50,9 +50,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_x = torch.empty_like(x_TD) if with_grad else None
         d_w = torch.zeros_like(w_VD, dtype=_wide(w_VD.dtype)) if with_grad else None
         losses = []
-        rows = min(len(x_TD), piece_rows(w_VD.shape[0], x_TD.element_size()))
-        buffer = x_TD.new_empty(rows, len(w_VD))  # one for all pieces: else two would be there at a time
-        for start in range(0, len(x_TD), max(1, rows)):
+        rows = piece_rows(w_VD.shape[0], x_TD.element_size())
+        buffer = x_TD.new_empty(min(rows, len(x_TD)), len(w_VD))  # for all pieces: else two would be there at a time
+        for start in range(0, len(x_TD), rows):
             piece = slice(start, start + rows)
             x = x_TD[piece]
             logits_NV = torch.mm(x, w_VD.T, out=buffer[: len(x)])

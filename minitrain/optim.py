@@ -51,6 +51,10 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._convert_moments(self.state[p])
         if not self.rounds:
             if self.moments != torch.float32:
                 raise UserError(f"optim.moments={self.moments}: needs bf16 weights on a GPU, and the CUDA extension")
@@ -61,6 +65,12 @@ class AdamW(torch.optim.AdamW):
             if params:
                 self._step_group(group, params)
 
+    def _convert_moments(self, state):
+        """Those that were loaded may be of another run's choice."""
+        for key in ("exp_avg", "exp_avg_sq"):
+            if key in state:
+                state[key] = state[key].to(self.moments)
+
     def _step_group(self, group, params):
         """grad_scale, found_inf: 0-d fp32 on the device, as torch's fused optimizers take them."""
         device = params[0].device
@@ -68,8 +78,6 @@ class AdamW(torch.optim.AdamW):
             if not self.state[p]:
                 zeros = torch.zeros_like(p, dtype=self.moments)
                 self.state[p].update(step=torch.zeros((), device=device), exp_avg=zeros, exp_avg_sq=zeros.clone())
-            for key in ("exp_avg", "exp_avg_sq"):  # what was loaded may be of another run's choice
-                self.state[p][key] = self.state[p][key].to(self.moments)
         scale, broken = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         scale = torch.ones((), device=device) if scale is None else scale
         broken = torch.zeros((), device=device) if broken is None else broken
