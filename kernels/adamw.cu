@@ -3,18 +3,17 @@
 
 #include "adamw.h"
 
-#include <cuda_bf16.h>
-
 #include <cmath>
 
 #include "common.cuh"
 #include "tensor_list.cuh"
+#include "vectors.cuh"
 
 namespace minitrain {
 namespace {
 
-constexpr int kThreads = 256, kEach = 4, kLoads = 4;  // elements of a vector; vectors of a thread, loaded together
-constexpr int kChunk = kThreads * kEach * kLoads;
+constexpr int kThreads = 256, kVector = 4, kLoads = 4;  // elements; vectors of a thread, loaded together
+constexpr int kChunk = kThreads * kVector * kLoads;
 using List = TensorList<AdamWTensor>;
 
 struct Numbers {
@@ -47,10 +46,6 @@ __device__ void update(const Numbers& numbers, const Rates& rates, float grad, f
     square = fmaf(numbers.beta2, square, (1.0f - numbers.beta2) * grad * grad);
     const float root = fmaf(sqrtf(square), rates.inverse_root, numbers.eps);
     param = fmaf(-rates.step_size, mean / root, param * numbers.decay);
-}
-
-__device__ float load(const void* from, int64_t i, bool is_bf16) {
-    return is_bf16 ? float(static_cast<const __nv_bfloat16*>(from)[i]) : static_cast<const float*>(from)[i];
 }
 
 template <bool kIsBf16>
@@ -103,12 +98,12 @@ __global__ void __launch_bounds__(kThreads)
     // Of random bits: another in each step and tensor.
     const uint64_t seed = mix((uint64_t(step) << 32) + list.first + (&t - list.tensors)) << 1;
     const int64_t start = int64_t(cta) * kChunk;
-    const int64_t whole = t.numel / kEach * kEach;  // in vectors; under kEach elements are left
+    const int64_t whole = t.numel / kVector * kVector;  // in vectors; under kVector elements are left
 
     float4 grad[kLoads], param[kLoads], mean[kLoads], square[kLoads];
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
-        const int64_t i = start + (k * kThreads + threadIdx.x) * kEach;
+        const int64_t i = start + (k * kThreads + threadIdx.x) * kVector;
         if (i >= whole) continue;
         grad[k] = load4(t.grad, i, t.grad_is_bf16);
         param[k] = load4(t.param, i, false);
@@ -117,7 +112,7 @@ __global__ void __launch_bounds__(kThreads)
     }
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
-        const int64_t i = start + (k * kThreads + threadIdx.x) * kEach;
+        const int64_t i = start + (k * kThreads + threadIdx.x) * kVector;
         if (i >= whole) continue;
         update(numbers, rates, grad[k].x, param[k].x, mean[k].x, square[k].x);
         update(numbers, rates, grad[k].y, param[k].y, mean[k].y, square[k].y);

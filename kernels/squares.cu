@@ -13,10 +13,6 @@ constexpr int kThreads = 256, kLoads = 8;
 constexpr int kChunk = kThreads * kEach * kLoads;  // elements of a CTA
 using List = TensorList<Gradient>;
 
-__device__ float load(const Gradient& t, int64_t i) {
-    return t.is_bf16 ? float(static_cast<const __nv_bfloat16*>(t.data)[i]) : static_cast<const float*>(t.data)[i];
-}
-
 __device__ void load_gradient(float (&to)[kEach], const Gradient& t, int64_t i) {
     if (t.is_bf16) return load8(to, static_cast<const __nv_bfloat16*>(t.data) + i);
     const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(t.data) + i);
@@ -40,7 +36,7 @@ __global__ void __launch_bounds__(kThreads) squares_kernel(const __grid_constant
     }
     const int64_t i = whole + threadIdx.x;
     if (whole < start + kChunk && i < t.numel) {  // the last CTA of a tensor
-        const float x = load(t, i);
+        const float x = load(t.data, i, t.is_bf16);
         sum = fmaf(x, x, sum);
     }
     __shared__ float of_warp[kThreads / 32];

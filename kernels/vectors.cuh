@@ -1,11 +1,17 @@
-// Eight bf16 at a time, as fp32.
+// Elements of tensors, as fp32: one of bf16 or fp32, or eight of bf16.
 #pragma once
 
 #include <cuda_bf16.h>
 
+#include <cstdint>
+
 namespace minitrain {
 
 constexpr int kEach = 8;  // elements of 16 bytes
+
+__device__ inline float load(const void* from, int64_t i, bool is_bf16) {
+    return is_bf16 ? float(static_cast<const __nv_bfloat16*>(from)[i]) : static_cast<const float*>(from)[i];
+}
 
 __device__ inline void load8(float (&to)[kEach], const __nv_bfloat16* from) {
     const uint4 bits = *reinterpret_cast<const uint4*>(from);
