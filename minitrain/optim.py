@@ -57,7 +57,8 @@ class AdamW(torch.optim.AdamW):
                     self._convert_moments(self.state[p])
         if not self.rounds:
             if self.moments != torch.float32:
-                raise UserError(f"optim.moments={self.moments}: needs bf16 weights on a GPU, and the CUDA extension")
+                moments = str(self.moments).removeprefix("torch.")
+                raise UserError(f"optim.moments={moments}: needs bf16 weights on a GPU, and the CUDA extension")
             super().step()
             return
         for group in self.param_groups:
