@@ -10,7 +10,8 @@
 // dK and dV stay in registers over all queries and these heads. A group of more heads is in parts, tiles of their own,
 // which add to dK and dV in global memory, one after the other: the same bits in every run. dQ is summed over key tiles
 // in fp32 in global memory, by the copy engine, in the order of the accumulator's registers; finish_kernel puts it into
-// rows. Before all this attention_prepare makes D and scales lse. Equations: Dao et al. 2022, arXiv:2205.14135.
+// rows. These sums are what L2 is told to keep, everything else is read once or soon again. Before all this
+// attention_prepare makes D and scales lse. Equations: Dao et al. 2022, arXiv:2205.14135.
 
 #include "attention.cuh"
 #include "sm90.cuh"
@@ -101,15 +102,18 @@ __device__ void load_keys(Shared<C>& shared, const Arguments& args, const CUtens
         shared.kv_empty.wait(kv.parity() ^ 1);
         kv.next();
         shared.kv_full.arrive_and_expect(sizeof shared.k + sizeof shared.v);
-        load_tile(shared_address(shared.k), k_map, shared.kv_full, tile.doc.k_begin + tile.first_key, tile.kv_head);
-        load_tile(shared_address(shared.v), v_map, shared.kv_full, tile.doc.k_begin + tile.first_key, tile.kv_head);
+        load_tile(shared_address(shared.k), k_map, shared.kv_full, tile.doc.k_begin + tile.first_key, tile.kv_head,
+                  evict_first());
+        load_tile(shared_address(shared.v), v_map, shared.kv_full, tile.doc.k_begin + tile.first_key, tile.kv_head,
+                  evict_first());
     }
 }
 
 // Blocks of queries come from the first to the last: tiles that start together then add to different blocks. Where they
 // take turns at each block they must start at the same one, the last, which all of them see under a causal mask.
+__device__ int next_block(const Arguments& args) { return args.deterministic ? -1 : 1; }
 __device__ int nth_block(const Tile& tile, int n, const Arguments& args) {
-    return args.deterministic ? tile.seeing.end - 1 - n : tile.seeing.begin + n;
+    return (args.deterministic ? tile.seeing.end - 1 : tile.seeing.begin) + n * next_block(args);
 }
 
 // One thread: loads blocks of Q with lse, or of dO with D.
@@ -130,7 +134,8 @@ __device__ void load_queries(Shared<C>& shared, const Arguments& args, const CUt
                 const int s = ring.stage();
                 empty[s].wait(ring.parity() ^ 1);
                 full[s].arrive_and_expect(sizeof block_of[s] + sizeof vector_of[s]);
-                load_tile(shared_address(block_of[s]), map, full[s], tile.doc.q_begin + block * kQueries, head);
+                load_tile(shared_address(block_of[s]), map, full[s], tile.doc.q_begin + block * kQueries, head,
+                          evict_first());
                 load_bytes(vector_of[s], vector + padded_row(tile, block, head, args), sizeof vector_of[s], full[s]);
             }
         }
@@ -151,18 +156,19 @@ __device__ int read_turn(const int* turn) {
 }
 __device__ void end_turn(int* turn) { asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory"); }
 
-// Waits until this part may go to the sum. -> whether it is the first.
-// NOTE: what follows is an asynchronous copy, for which no proxy fence stands here: both sides' copies were awaited or
-// are issued later, and meet in L2, where the sums are made. A fence in every step would cost more than the wait.
-__device__ bool wait_for_turn(int* turn, const Tile& tile, int block, const Arguments& args) {
+// Waits until this part may go to the sum. seen: what the turn was at an earlier look, or 0. -> whether it is the
+// first. NOTE: what follows is an asynchronous copy, for which no proxy fence stands here: both sides' copies were
+// awaited or are issued later, and meet in L2, where the sums are made. A fence in every step would cost more than the
+// wait.
+__device__ bool wait_for_turn(int* turn, int seen, const Tile& tile, int block, const Arguments& args) {
     if (args.deterministic) {
         const int begin = block * kQueries + tile.doc.k_len - tile.doc.q_len - args.shape.look_back;
         const int predecessors = tile.first_key / kKeys - max(0, begin) / kKeys;  // among the keys that the block sees
-        while (read_turn(turn) != predecessors) continue;
+        while (seen != predecessors) seen = read_turn(turn);
         return predecessors == 0;
     }
-    if (read_turn(turn) == 0 && atomicCAS(turn, 0, kClaimed) == 0) return true;
-    while (read_turn(turn) != kStored) continue;
+    if (seen == 0 && atomicCAS(turn, 0, kClaimed) == 0) return true;
+    while (seen != kStored) seen = read_turn(turn);
     return false;
 }
 
@@ -178,30 +184,32 @@ __device__ void add_dq(Shared<C>& shared, const Arguments& args) {
         // Who claims a block must have its part soon: not while the consumers, at the end of the tile before, wait for
         // another CTA, which may wait for that block.
         if (tiles.count > 0) shared.tile_empty[tiles.stage() ^ 1].wait(Ring<2>{tiles.count - 1}.parity());
-        for (int n = 0; n < tile.seeing.size(); ++n) {
-            const int block = nth_block(tile, n, args);
-            for (int head = tile.first_head; head < tile.first_head + tile.num_heads; ++head) {
-                const int padded = padded_row(tile, block, head, args);
-                float* sum = args.dq_sum + int64_t(padded) * C;
-                int* turn = args.turns + padded / kQueries;
-                const bool is_first = lane == 0 && wait_for_turn(turn, tile, block, args);
+        int block = nth_block(tile, 0, args), head = 0, seen = 0;
+        int padded = padded_row(tile, block, tile.first_head, args);
+        for (int left = tile.seeing.size() * tile.num_heads - 1; left >= 0; --left) {
+            float* sum = args.dq_sum + int64_t(padded) * C;
+            int* turn = args.turns + padded / kQueries;
+            const bool is_first = lane == 0 && wait_for_turn(turn, seen, tile, block, args);
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    __syncwarp();  // the first lane is back
-                    barrier_sync(kDqWritten + half, 160);
-                    if (lane == 0)
-                        write_sum(sum + half * kQueries * C / 2, shared.dq[half], sizeof shared.dq[half], is_first);
-                }
-                if (lane == 0) wait_bulk_read<1>();  // the first half may be overwritten
-                __syncwarp();
-                barrier_arrive(kDqRead, 160);
-                if (lane == 0) wait_bulk_read<0>();
-                __syncwarp();
-                barrier_arrive(kDqRead + 1, 160);
-                if (lane == 0 && (args.deterministic || is_first)) {
-                    wait_bulk<0>();
-                    end_turn(turn);  // others may add
-                }
+            for (int half = 0; half < 2; ++half) {
+                __syncwarp();  // the first lane is back
+                barrier_sync(kDqWritten + half, 160);
+                if (lane == 0)
+                    write_sum(sum + half * kQueries * C / 2, shared.dq[half], sizeof shared.dq[half], is_first,
+                              evict_last());
+            }
+            if (++head == tile.num_heads) head = 0, block += next_block(args);
+            padded = padded_row(tile, block, tile.first_head + head, args);
+            if (lane == 0 && left > 0) seen = read_turn(args.turns + padded / kQueries);  // while the engine reads
+            if (lane == 0) wait_bulk_read<1>();  // the first half may be overwritten
+            __syncwarp();
+            barrier_arrive(kDqRead, 160);
+            if (lane == 0) wait_bulk_read<0>();
+            __syncwarp();
+            barrier_arrive(kDqRead + 1, 160);
+            if (lane == 0 && (args.deterministic || is_first)) {
+                wait_bulk<0>();
+                end_turn(turn);  // others may add
             }
         }
         if (lane == 0) wait_bulk<0>();  // also because shared memory may go
@@ -231,12 +239,13 @@ struct Consumer {
     // X^T (64 keys x 64 queries) = keys' tile (K or V) times block (Q or dO), not awaited.
     __device__ __forceinline__ void issue_scores(float (&x)[kQueries / 2], const __nv_bfloat16* keys,
                                                  const __nv_bfloat16* block) {
-        const uint32_t a = shared_address(keys) + warpgroup * 64 * 128, b = shared_address(block);
+        const uint64_t a = descriptor(shared_address(keys) + warpgroup * 64 * 128);
+        const uint64_t b = descriptor(shared_address(block));
         wgmma_fence();
 #pragma unroll
         for (int c = 0; c < C / 16; ++c) {  // 16 channels are 32 bytes of a row, 4 of them a panel
-            Wgmma<kQueries>::template ss<false, false>(x, descriptor(a + c / 4 * kKeys * 128 + c % 4 * 32),
-                                                       descriptor(b + c / 4 * kQueries * 128 + c % 4 * 32), c != 0);
+            Wgmma<kQueries>::template ss<false, false>(x, further(a, c / 4 * kKeys * 128 + c % 4 * 32),
+                                                       further(b, c / 4 * kQueries * 128 + c % 4 * 32), c != 0);
         }
         wgmma_commit();
     }
@@ -244,24 +253,23 @@ struct Consumer {
     // dX (64 keys x C) += P^T or dS^T in registers times block (dO or Q), not awaited.
     __device__ __forceinline__ void issue_gradient(float (&dx)[C / 2], const uint32_t (&a)[kQueries / 4],
                                                    const __nv_bfloat16* block) {
-        const uint32_t b = shared_address(block);
+        const uint64_t b = descriptor(shared_address(block), kQueries * 128);
         wgmma_fence();
 #pragma unroll
         for (int n = 0; n < kQueries / 16; ++n) {
-            Wgmma<C>::template rs<true>(dx, a + 4 * n, descriptor(b + n * 16 * 128, kQueries * 128), true);
+            Wgmma<C>::template rs<true>(dx, a + 4 * n, further(b, n * 16 * 128), true);
         }
         wgmma_commit();
     }
 
     // dQ (64 queries x this warpgroup's half of the channels) = dS K, not awaited.
     __device__ __forceinline__ void issue_dq(float (&dq)[C / 4]) {
-        const uint32_t a = shared_address(shared.ds[ring.stage()]);
-        const uint32_t b = shared_address(shared.k) + (C == 128 ? warpgroup * kKeys * 128 : warpgroup * 64);
+        const uint64_t a = descriptor(shared_address(shared.ds[ring.stage()]));
+        const uint64_t b = descriptor(shared_address(shared.k) + warpgroup * (C == 128 ? kKeys * 128 : 64));
         wgmma_fence();
 #pragma unroll
         for (int n = 0; n < kKeys / 16; ++n) {
-            Wgmma<C / 2>::template ss<true, true>(dq, descriptor(a + n * 16 * 128), descriptor(b + n * 16 * 128),
-                                                  n != 0);
+            Wgmma<C / 2>::template ss<true, true>(dq, further(a, n * 16 * 128), further(b, n * 16 * 128), n != 0);
         }
         wgmma_commit();
     }
@@ -288,57 +296,64 @@ struct Consumer {
 
     // All blocks of queries of all heads that see the tile: adds to dK and dV, leaves each dQ in shared memory.
     //
-    // The tensor cores always have work queued while this warpgroup does arithmetic: dP^T under the exponentials, dV
-    // under dS, dK and S^T of the next block under the writing of dQ.
+    // The tensor cores have work queued while this warpgroup does something else: dP^T under the exponentials, dV under
+    // dS, dK under the writing of dS, S^T of the next block under the writing of dQ.
     __device__ __forceinline__ void attend(const Tile& tile) {
         const int num_steps = tile.seeing.size() * tile.num_heads;
-        const int tail_block = tile.doc.q_len / kQueries;    // ends behind the document, if it is there at all
-        const int next_block = args.deterministic ? -1 : 1;  // see nth_block
+        const int tail_block = tile.doc.q_len / kQueries;  // ends behind the document, if it is there at all
         int block = nth_block(tile, 0, args), head = 0;
-        float s[kQueries / 2];
+        float s[kQueries / 2], dp[kQueries / 2];
         wait_for_q(tile, block == tail_block);
         issue_scores(s, shared.k, shared.q[ring.stage()]);
+        wait_for_d_out(tile, block == tail_block);
+        issue_scores(dp, shared.v, shared.d_out[ring.stage()]);
+        wgmma_wait<1>(s);
 #pragma unroll 1
         for (int left = num_steps - 1; left >= 0; --left) {
-            wgmma_wait<0>(s);
             const int stage = ring.stage();
-            float dp[kQueries / 2];
             uint32_t p16[kQueries / 4], ds16[kQueries / 4];
-            shared.d_out_full[stage].wait(ring.parity());
-            if (block == tail_block) clear_tail<kQueries>(shared.d_out[stage], tile.doc.q_len % kQueries);
-            issue_scores(dp, shared.v, shared.d_out[stage]);
             exponentials(s, shared.lse[stage]);
             if (!tile.whole.contains(block)) mask(s, tile, block);
             pack(s, p16);
+            wgmma_wait<0>(dp);
             issue_gradient(dv, p16, shared.d_out[stage]);
-            wgmma_wait<1>(dp);
+            wgmma_wait<1>(dp);  // is done, but what follows stays behind this line: dV is issued at once
             score_gradients(dp, p16, shared.delta[stage]);
             pack(dp, ds16);
             write_ds(ds16);
+            issue_gradient(dk, ds16, shared.q[stage]);
             fence_async();
             barrier_sync(kDsWritten, 256);  // both halves of dS are there; both warpgroups are done with the one before
             float dq[C / 4];
             issue_dq(dq);
-            wgmma_wait<1>(dv, p16);
+            wgmma_wait<2>(dv, p16);
             shared.d_out_empty[stage].arrive_as_warp();
-            issue_gradient(dk, ds16, shared.q[stage]);
             ring.next();
-            if (++head == tile.num_heads) head = 0, block += next_block;
+            if (++head == tile.num_heads) head = 0, block += next_block(args);
             if (left > 0) wait_for_q(tile, block == tail_block);
-            // NOTE: behind the last block too, where nobody reads s: the assembler makes every wgmma wait if one of
-            // them stands under a condition.
+            // NOTE: behind the last block too, where nobody reads s and dp: the assembler makes every wgmma wait if one
+            // of them stands under a condition.
             issue_scores(s, shared.k, shared.q[ring.stage()]);
-            wgmma_wait<2>(dq);
-            write_dq(dq);
-            wgmma_wait<1>(dk, ds16);
+            wgmma_wait<1>(dq, dk, ds16);
             shared.q_empty[stage].arrive_as_warp();
+            write_dq(dq);
+            if (left > 0) wait_for_d_out(tile, block == tail_block);
+            issue_scores(dp, shared.v, shared.d_out[ring.stage()]);
+            fence_async();
+            barrier_arrive(kDqWritten + warpgroup, 160);  // dQ is there for the copy engine
+            wgmma_wait<1>(s);
         }
-        wgmma_wait<0>(s);
+        wgmma_wait<0>(dp);
     }
 
     __device__ __forceinline__ void wait_for_q(const Tile& tile, bool is_tail) {
         shared.q_full[ring.stage()].wait(ring.parity());
         if (is_tail) clear_tail<kQueries>(shared.q[ring.stage()], tile.doc.q_len % kQueries);
+    }
+
+    __device__ __forceinline__ void wait_for_d_out(const Tile& tile, bool is_tail) {
+        shared.d_out_full[ring.stage()].wait(ring.parity());
+        if (is_tail) clear_tail<kQueries>(shared.d_out[ring.stage()], tile.doc.q_len % kQueries);
     }
 
     // P = exp(S - lse), in place.
@@ -377,8 +392,6 @@ struct Consumer {
             reinterpret_cast<float4*>(shared.dq[warpgroup])[j * 128 + thread] =
                 float4{dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]};
         }
-        fence_async();
-        barrier_arrive(kDqWritten + warpgroup, 160);
     }
 
     // dS^T as rows of 64 queries, 128 bytes, in TMA's swizzle: what issue_dq reads.

@@ -84,16 +84,16 @@ __device__ void produce(Shared<C, kKeys>& shared, const Arguments& args, const C
         shared.q_empty.wait(q.parity() ^ 1);
         q.next();
         shared.q_full.arrive_and_expect(sizeof shared.q);
-        load_tile(shared_address(shared.q), q_map, shared.q_full, doc.q_begin + first_row, item.head);
+        load_tile(shared_address(shared.q), q_map, shared.q_full, doc.q_begin + first_row, item.head, evict_first());
 #pragma unroll 1
         for (int block = seen.end - 1; block >= seen.begin; --block, kv.next()) {
             const int row = doc.k_begin + block * kKeys, s = kv.stage();
             shared.k_empty[s].wait(kv.parity() ^ 1);
             shared.k_full[s].arrive_and_expect(sizeof shared.k[s]);
-            load_tile(shared_address(shared.k[s]), k_map, shared.k_full[s], row, item.head / group);
+            load_tile(shared_address(shared.k[s]), k_map, shared.k_full[s], row, item.head / group, evict_last());
             shared.v_empty[s].wait(kv.parity() ^ 1);
             shared.v_full[s].arrive_and_expect(sizeof shared.v[s]);
-            load_tile(shared_address(shared.v[s]), v_map, shared.v_full[s], row, item.head / group);
+            load_tile(shared_address(shared.v[s]), v_map, shared.v_full[s], row, item.head / group, evict_last());
         }
     }
 }
@@ -114,24 +114,24 @@ struct Consumer {
 
     // S = Q K^T, not awaited.
     __device__ __forceinline__ void issue_scores() {
-        const uint32_t q_tile = shared_address(shared.q) + warpgroup * 64 * 128,
-                       k_tile = shared_address(shared.k[k.stage()]);
+        const uint64_t a = descriptor(shared_address(shared.q) + warpgroup * 64 * 128);
+        const uint64_t b = descriptor(shared_address(shared.k[k.stage()]));
         wgmma_fence();
 #pragma unroll
         for (int c = 0; c < C / 16; ++c) {  // 16 channels are 32 bytes of a row, 4 of them a panel
-            Wgmma<kKeys>::template ss<false, false>(s, descriptor(q_tile + c / 4 * Sizes<C>::kRows * 128 + c % 4 * 32),
-                                                    descriptor(k_tile + c / 4 * kKeys * 128 + c % 4 * 32), c != 0);
+            Wgmma<kKeys>::template ss<false, false>(s, further(a, c / 4 * Sizes<C>::kRows * 128 + c % 4 * 32),
+                                                    further(b, c / 4 * kKeys * 128 + c % 4 * 32), c != 0);
         }
         wgmma_commit();
     }
 
     // O += P V, not awaited.
     __device__ __forceinline__ void issue_output() {
-        const uint32_t v_tile = shared_address(shared.v[v.stage()]);
+        const uint64_t b = descriptor(shared_address(shared.v[v.stage()]), kKeys * 128);
         wgmma_fence();
 #pragma unroll
         for (int n = 0; n < kKeys / 16; ++n) {
-            Wgmma<C>::template rs<true>(o, p + 4 * n, descriptor(v_tile + n * 16 * 128, kKeys * 128), true);
+            Wgmma<C>::template rs<true>(o, p + 4 * n, further(b, n * 16 * 128), true);
         }
         wgmma_commit();
     }

@@ -42,7 +42,8 @@ __device__ Sums sum_over_cta(int64_t value) {
 // One of the two lists.
 struct List {
     const int* cu;
-    int num_documents, num_rows, tile, heads;
+    int num_documents, num_rows, tile;
+    int heads, parts;  // so many heads in each part of all heads
 
     // Whether cu begins at 0, never decreases, and ends within the rows. All of the CTA.
     __device__ bool is_valid() const {
@@ -57,7 +58,12 @@ struct List {
         const int begin = cu ? cu[i] : 0, end = i == num_documents ? num_rows : cu ? cu[i + 1] : 0;
         return {begin, end - begin};
     }
-    __device__ int tiles(int i) const { return i <= num_documents ? (rows(i).y + tile - 1) / tile : 0; }
+    // Entries: all documents with the first part of their heads, then all with the second, and so on. Parts of a group
+    // add to the same sums one after the other, and are apart in time here.
+    __device__ int size() const { return parts * (num_documents + 1); }
+    __device__ int document(int entry) const { return entry % (num_documents + 1); }
+    __device__ int first_head(int entry) const { return entry / (num_documents + 1) * heads; }
+    __device__ int tiles(int entry) const { return entry < size() ? (rows(document(entry)).y + tile - 1) / tile : 0; }
 };
 
 // Blocks that the tiles of a document have to work on under a causal mask: 1 + 2 + ... + tiles.
@@ -75,8 +81,8 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(AttentionShape shape, At
     const Plan plan(out, shape, tile);
     const bool is_keys = blockIdx.y == 1;
     const int N = shape.num_documents;
-    const List of_queries = {cu_q, N, shape.num_queries, tile.queries, shape.heads};
-    const List of_keys = {cu_k, N, shape.num_keys, tile.keys, Plan::key_heads(shape, tile)};
+    const List of_queries = {cu_q, N, shape.num_queries, tile.queries, shape.heads, 1};
+    const List of_keys = {cu_k, N, shape.num_keys, tile.keys, shape.kv_heads, Plan::parts(shape, tile)};
     List list = is_keys ? of_keys : of_queries;
     if (!of_queries.is_valid() || !of_keys.is_valid()) list.cu = nullptr;  // no documents: all rows are outside of them
     for (int t = threadIdx.x; t < kMaxTiles; t += kThreads) place[t] = 0;
@@ -85,7 +91,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(AttentionShape shape, At
 
     // How much work there is, and in how many waves.
     int64_t work = 0;
-    for (int first = 0; first <= N; first += kThreads) {
+    for (int first = 0; first < list.size(); first += kThreads) {
         const int tiles = list.tiles(first + threadIdx.x);
         work += sum_over_cta(work_of(tiles) * list.heads).all;
         if (tiles > 0) atomicMax(&longest, tiles);
@@ -95,11 +101,11 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(AttentionShape shape, At
     if (blockIdx.x >= waves) return;
     const int64_t wave_begin = work * blockIdx.x / waves, wave_end = work * (blockIdx.x + 1) / waves;
 
-    // visit(document, its tiles, first head in this wave, end of heads), of every document by one thread.
+    // visit(entry, its tiles, first head in this wave, end of heads), of every entry by one thread.
     // -> items of the waves before.
-    const auto for_each_document = [&](auto visit) {
+    const auto for_each_entry = [&](auto visit) {
         int64_t begin = 0, items = 0;
-        for (int first = 0; first <= N; first += kThreads) {
+        for (int first = 0; first < list.size(); first += kThreads) {
             const int i = first + threadIdx.x, tiles = list.tiles(i);
             const Sums sums = sum_over_cta(work_of(tiles) * list.heads);
             const int from = first_head(wave_begin, begin + sums.before, work_of(tiles), list.heads);
@@ -111,7 +117,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(AttentionShape shape, At
         return static_cast<int>(items);
     };
 
-    const int items_before = for_each_document([&](int i, int tiles, int from, int to) {
+    const int items_before = for_each_entry([&](int i, int tiles, int from, int to) {
         if (to > from) atomicAdd(&place[tiles - 1], to - from);
     });
     // place[t]: heads of documents of t + 1 tiles -> tiles with t + 1 blocks of work, one of each head of a document of
@@ -130,14 +136,15 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(AttentionShape shape, At
     }
     __syncthreads();
     Item* items = is_keys ? plan.key_items : plan.query_items;
-    for_each_document([&](int i, int tiles, int from, int to) {
-        for (int lane = 0; lane < 32; ++lane) {  // a warp writes its 32 documents one after the other
-            const int n = __shfl_sync(~0u, tiles, lane), document = i - threadIdx.x % 32 + lane;
+    for_each_entry([&](int i, int tiles, int from, int to) {
+        for (int lane = 0; lane < 32; ++lane) {  // a warp writes its 32 entries one after the other
+            const int n = __shfl_sync(~0u, tiles, lane), entry = i - threadIdx.x % 32 + lane;
             const int begin = __shfl_sync(~0u, from, lane), heads = __shfl_sync(~0u, to, lane) - begin;
             for (int t = threadIdx.x % 32; heads > 0 && t < n; t += 32) {
                 const int first = items_before + atomicAdd(&place[t], heads);
                 for (int h = 0; h < heads; ++h) {
-                    items[first + h] = {document, is_keys ? n - 1 - t : t, begin + h};
+                    items[first + h] = {list.document(entry), is_keys ? n - 1 - t : t,
+                                        list.first_head(entry) + begin + h};
                 }
             }
         }
@@ -147,7 +154,8 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(AttentionShape shape, At
     int64_t all = 0;
     for (int first = 0; first <= N; first += kThreads) {
         const int i = first + threadIdx.x;
-        all += sum_over_cta(int64_t(list.tiles(i)) * list.heads).all;
+        const int tiles = i <= N ? list.tiles(i) : 0;
+        all += sum_over_cta(int64_t(tiles) * list.heads * list.parts).all;
         if (i > N) continue;
         const int2 rows = list.rows(i);
         (is_keys ? plan.documents[i].k_begin : plan.documents[i].q_begin) = rows.x;

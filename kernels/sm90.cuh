@@ -96,12 +96,24 @@ MINITRAIN_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::ct
 MINITRAIN_DEVICE void prefetch_map(const CUtensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
+// What L2 is to do with the lines of a copy: give them up before others, or after.
+MINITRAIN_DEVICE uint64_t evict_first() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+MINITRAIN_DEVICE uint64_t evict_last() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
 // Rows row .. row + box of one head, all channels, into a tile; the bytes count on `full`. Rows past the end are zeros.
-MINITRAIN_DEVICE void load_tile(uint32_t tile, const CUtensorMap* map, Mbarrier& full, int row, int head) {
+MINITRAIN_DEVICE void load_tile(uint32_t tile, const CUtensorMap* map, Mbarrier& full, int row, int head,
+                                uint64_t policy) {
     asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-        "[%0], [%1, {%3, %4, %3, %5}], [%2];" ::"r"(tile),
-        "l"(map), "r"(full.address()), "r"(0), "r"(row), "r"(head)
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, {%3, %4, %3, %5}], [%2], %6;" ::"r"(tile),
+        "l"(map), "r"(full.address()), "r"(0), "r"(row), "r"(head), "l"(policy)
         : "memory");
 }
 MINITRAIN_DEVICE void load_bytes(void* to, const void* from, uint32_t bytes, Mbarrier& full) {
@@ -111,15 +123,16 @@ MINITRAIN_DEVICE void load_bytes(void* to, const void* from, uint32_t bytes, Mba
                  : "memory");
 }
 // to[i] = from[i] if it is the first, else to[i] += from[i], fp32, in global memory: one group to wait for.
-MINITRAIN_DEVICE void write_sum(float* to, const float* from, uint32_t bytes, bool is_first) {
+MINITRAIN_DEVICE void write_sum(float* to, const float* from, uint32_t bytes, bool is_first, uint64_t policy) {
     if (is_first) {
-        asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)),
-                     "r"(bytes)
+        asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(to),
+                     "r"(shared_address(from)), "r"(bytes), "l"(policy)
                      : "memory");
     } else {
-        asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
-                     "r"(shared_address(from)), "r"(bytes)
-                     : "memory");
+        asm volatile(
+            "cp.reduce.async.bulk.global.shared::cta.bulk_group.L2::cache_hint.add.f32 [%0], [%1], %2, %3;" ::"l"(to),
+            "r"(shared_address(from)), "r"(bytes), "l"(policy)
+            : "memory");
     }
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
@@ -173,6 +186,11 @@ MINITRAIN_DEVICE void store_matrices(uint32_t row, const uint32_t* x) {
 MINITRAIN_DEVICE uint64_t descriptor(uint32_t address, uint32_t panels_apart = 16) {
     return uint64_t((address & 0x3FFFF) >> 4) | (uint64_t(panels_apart >> 4) << 16) | (uint64_t(1024 >> 4) << 32) |
            (uint64_t(1) << 62);
+}
+// The matrix so many bytes further on, by one addition: made anew from its address it is five instructions, one after
+// the other, for which the tensor cores wait.
+MINITRAIN_DEVICE uint64_t further(uint64_t descriptor, uint32_t bytes) {
+    return (descriptor & 0xFFFFFFFF00000000) | (uint32_t(descriptor) + (bytes >> 4));
 }
 
 MINITRAIN_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
