@@ -5,7 +5,7 @@ No GPU is needed; one test asks the GPU for the same plans. What the kernels do 
 
 import ctypes
 import re
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from minitrain.fused_attention import make_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 
-HEADS = (4, 2)  # of queries, of keys
+HEADS = (4, 2)  # of queries, of keys; groups of 2 queries are whole, or in two parts of 1
 HARNESS = r"""
 #include "plan.inc"
 using namespace minitrain;
@@ -30,15 +30,15 @@ AttentionShape shape_of(int T, int S, int N) {
 }  // namespace
 extern "C" {
 int unbounded() { return kUnbounded; }
-int64_t plan_ints(int T, int S, int N, int queries, int keys) {
-    return attention_plan_ints(shape_of(T, S, N), {queries, keys, kUnbounded});
+int64_t plan_ints(int T, int S, int N, int queries, int keys, int group) {
+    return attention_plan_ints(shape_of(T, S, N), {queries, keys, group});
 }
-void plan(int T, int S, int N, int queries, int keys, const int* cu_q, const int* cu_k, int* out) {
-    attention_plan(shape_of(T, S, N), {queries, keys, kUnbounded}, cu_q, cu_k, out, 0, nullptr);
+void plan(int T, int S, int N, int queries, int keys, int group, const int* cu_q, const int* cu_k, int* out) {
+    attention_plan(shape_of(T, S, N), {queries, keys, group}, cu_q, cu_k, out, 0, nullptr);
 }
 // Where its lists begin.
-void plan_offsets(int T, int S, int N, int queries, int keys, int* plan, int* out) {
-    const Plan p(plan, shape_of(T, S, N), {queries, keys, kUnbounded});
+void plan_offsets(int T, int S, int N, int queries, int keys, int group, int* plan, int* out) {
+    const Plan p(plan, shape_of(T, S, N), {queries, keys, group});
     const void* lists[] = {p.documents, p.query_items, p.key_items};
     for (int i = 0; i < 3; ++i) out[i] = static_cast<const int*>(lists[i]) - plan;
 }
@@ -84,12 +84,17 @@ def plan_on_the_host(host, cu_q, cu_k, T, S, tiles):
     return memory[guard:-guard]
 
 
+def listed_heads(tiles):
+    """How many heads the two lists have: in that of keys, one for each part of each head."""
+    return HEADS[0], HEADS[1] * (2 if tiles[2] == 1 else 1)
+
+
 def items_of(plan, N, rows, tiles):
     """The two lists of {document, tile, head}."""
     offset = 16 + 4 * (N + 1)
     for which in (0, 1):
         yield [tuple(plan[offset + 3 * i : offset + 3 * i + 3]) for i in range(plan[which])]
-        offset += 3 * HEADS[which] * (rows[which] // tiles[which] + N + 1)
+        offset += 3 * listed_heads(tiles)[which] * (rows[which] // tiles[which] + N + 1)
     assert offset == len(plan)
 
 
@@ -103,6 +108,8 @@ def assert_waves(items, counts, which, processors):
         heads = {(i, head) for i, _, head in wave}
         assert not heads & seen, "a document's head in two waves"
         seen |= heads
+    parts = [[head // HEADS[1] for _, _, head in wave] for wave, _ in waves if which]
+    assert all(max(a) <= min(b) for a, b in pairwise(parts)), "a part of a group beside the one it waits for"
     longest = max(work, default=0)
     if len(waves) > 1:  # as even as whole heads allow; where one wave begins is not seen if it goes on with less work
         assert all(amount >= processors * longest - longest * (longest + 1) // 2 for _, amount in waves)
@@ -122,7 +129,8 @@ def assert_plan_is_right(plan, cu_q, cu_k, T, S, tiles, processors=132):
         begin_q, begin_k = end_q, end_k
     for which, items in enumerate(items_of(plan, N, (T, S), tiles)):
         counts = [(document[1 + 2 * which] + tiles[which] - 1) // tiles[which] for document in documents]
-        every = [(i, t, head) for i, n in enumerate(counts) for t in range(n) for head in range(HEADS[which])]
+        heads = range(listed_heads(tiles)[which])
+        every = [(i, t, head) for i, n in enumerate(counts) for t in range(n) for head in heads]
         assert sorted(items) == every
         assert_waves(items, counts, which, processors)
     assert plan[2:4] == [0, 0]  # the counters
@@ -149,10 +157,11 @@ def plan_inputs(lengths, keys, unused):
     return cu_q, cu_k, cu_q[-1] + unused, cu_k[-1] + unused
 
 
+@pytest.mark.parametrize("group", [1, 2])
 @plans
-def test_the_plan_lists_every_tile_once_in_waves(host, lengths, keys, unused):
+def test_the_plan_lists_every_tile_once_in_waves(host, lengths, keys, unused, group):
     cu_q, cu_k, T, S = plan_inputs(lengths, keys, unused)
-    tiles = (64, 176)
+    tiles = (64, 176, group)
     plan = plan_on_the_host(host, cu_q, cu_k, T, S, tiles)
     assert_plan_is_right(plan, cu_q, cu_k, T, S, tiles)
     offsets, N = ints([0] * 3), len(lengths)
@@ -166,16 +175,14 @@ def test_the_plan_lists_every_tile_once_in_waves(host, lengths, keys, unused):
 def test_the_plan_of_the_gpu_lists_every_tile_once_in_waves(lengths, keys, unused):
     kernels = pytest.importorskip("minitrain.kernels", reason="the CUDA extension is not built")
     cu_q, cu_k, T, S = plan_inputs(lengths, keys, unused)
-    for tiles in [(128, 128), (64, 176)]:
+    for tiles in [(128, 128, 1), (64, 176, 2)]:
         on_device = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in (cu_q, cu_k))
         shape = kernels.AttentionShape(
             num_queries=T, num_keys=S, num_documents=len(lengths), heads=HEADS[0], kv_heads=HEADS[1], head_dim=64,
             look_back=0, look_ahead=0, scale=1.0,
         )  # fmt: skip
         processors = torch.cuda.get_device_properties(0).multi_processor_count
-        assert_plan_is_right(
-            make_plan(*on_device, shape, (*tiles, kernels.UNBOUNDED)).tolist(), cu_q, cu_k, T, S, tiles, processors
-        )
+        assert_plan_is_right(make_plan(*on_device, shape, tiles).tolist(), cu_q, cu_k, T, S, tiles, processors)
 
 
 @pytest.mark.parametrize(
@@ -187,10 +194,10 @@ def test_nonsense_is_no_documents(host, cu_q):
     T, N = 1000, len(cu_q) - 1
     sense = list(range(N + 1))
     for both in [(cu_q, cu_q), (cu_q, sense), (sense, cu_q)]:
-        plan = plan_on_the_host(host, *both, T, T, (64, 64))
+        plan = plan_on_the_host(host, *both, T, T, (64, 64, 2))
         documents = [plan[16 + 4 * i : 20 + 4 * i] for i in range(N + 1)]
         assert documents == [[0, 0, 0, 0]] * N + [[0, T, 0, T]]
-        for heads, items in zip(HEADS, items_of(plan, N, (T, T), (64, 64)), strict=True):
+        for heads, items in zip(HEADS, items_of(plan, N, (T, T), (64, 64, 2)), strict=True):
             assert sorted(items) == [(N, t, head) for t in range(16) for head in range(heads)]
 
 
