@@ -1,4 +1,4 @@
-"""Checkpoints: saved beside the training, whole or not there, resumed on any number of ranks and any stage of ZeRO.
+"""Checkpoints: saved beside the training, whole or not there, resumed on any number of ranks in any layout.
 
     run_dir/checkpoints/
         step-00001000/    a checkpoint (pieces.py has the format)
@@ -18,7 +18,7 @@ import platform
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from minitrain.boxes import part_of
 from minitrain.config import Config, UserError
 from minitrain.parallel.comm import Lane
 from minitrain.parallel.mesh import Mesh
@@ -194,9 +195,9 @@ class Checkpointer:
         pieces = self.opt.pieces()
         for name, (get_state, _) in self._generators().items():
             state = get_state()
-            pieces[name] = Piece(state, 0, state.shape)
+            pieces[name] = Piece(state, *part_of(state))
         with self.lane.beside():
-            copies = {name: Piece(self._copy(name, p.values), p.first, p.shape) for name, p in pieces.items()}
+            copies = {name: replace(p, values=self._copy(name, p.values)) for name, p in pieces.items()}
         self.mark = self.lane.mark()
         data = self.data.state() if hasattr(self.data, "load_state") else None
         self.running = self.thread.submit(self._save, {"step": step, "data": data, **self.about}, copies, self.mark)

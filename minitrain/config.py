@@ -226,12 +226,6 @@ class Config:
             raise UserError(
                 f"data.tokens_per_row={self.data.tokens_per_row} is not divisible by parallel.cp={self.parallel.cp}"
             )
-        cuts = self.parallel.tp > 1 or self.parallel.ep > 1
-        if cuts and (self.checkpoint.every or self.checkpoint.export):
-            raise UserError(
-                "parallel.tp and ep: models that are cut cannot be saved yet; "
-                "set checkpoint.every = 0 and checkpoint.export = false"
-            )
         if self.data.max_seqlen > self.model.max_position_embeddings:
             raise UserError(
                 f"data.max_seqlen={self.data.max_seqlen} is more than "

@@ -1,12 +1,13 @@
 """Hugging Face folders in and out: config.json, safetensors, tokenizer files. A tensor at a time, nothing unpickled.
 
-hub_parts(model) is the whole mapping: every name on the Hub with the piece of our parameter it stands for. Loading
-copies into these, saving writes them. Two dialects of config.json are read (rope_theta and rope_scaling, or
-transformers 5's rope_parameters); the older one is written, which every tool knows.
+hub_names() is the whole mapping: of a parameter, the names on the Hub that it stands for. Loading copies what is there
+into the parts that a rank has, saving puts whole tensors together of them. Two dialects of config.json are read
+(rope_theta and rope_scaling, or transformers 5's rope_parameters); the older one is written, which every tool knows.
 """
 
 import difflib
 import functools
+import itertools
 import re
 import shutil
 from collections.abc import Callable, Collection, Sequence
@@ -18,14 +19,14 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from minitrain.boxes import Box, Part, part_of, take
 from minitrain.chat import find_template
 from minitrain.config import SourceConfig, UserError
 from minitrain.models import MODELS, build_model, materialize, model_class
 from minitrain.models.layers import DecoderConfig
-from minitrain.parallel.comm import gather_objects, receive, send
+from minitrain.parallel.comm import Group, everyone, gather_objects, receive, send
 from minitrain.parallel.gather import read_whole
 from minitrain.parallel.mesh import is_first
-from minitrain.parallel.pp import link_of
 from minitrain.storage import (
     Later,
     NewFolder,
@@ -174,31 +175,35 @@ def hub_config(model: nn.Module) -> dict:
 # ---- weights
 
 
+def hub_names(name: str, shape: Sequence[int]) -> dict[str, int | None]:
+    """{name on the Hub: number of the expert if our parameter is a stack of them, else None}.
+
+    layers.0.mlp.experts.up_proj (E, F, D) -> model.layers.0.mlp.experts.7.up_proj.weight (F, D), and the others.
+    """
+    hub = name if name.startswith("lm_head.") else f"model.{name}"
+    if len(shape) != 3:
+        return {hub: None}
+    prefix, _, matrix = hub.rpartition(".")
+    return {f"{prefix}.{e}.{matrix}.weight": e for e in range(shape[0])}
+
+
 def hub_parts(model) -> dict[str, tuple[str, nn.Parameter, int | None]]:
     """{name on the Hub: (name here, parameter, number of the expert if it is a stack)}. Tied heads appear once."""
     parts = {}
     for name, p in model.named_parameters():
-        hub = name if name.startswith("lm_head.") else f"model.{name}"
-        if p.ndim == 3:  # layers.0.mlp.experts.up_proj (E, F, D) -> model.layers.0.mlp.experts.7.up_proj.weight (F, D)
-            prefix, _, matrix = hub.rpartition(".")
-            experts = getattr(p, "part", (p.shape,))[0][0]  # of all ranks
-            parts |= {f"{prefix}.{e}.{matrix}.weight": (name, p, e) for e in range(experts)}
-        else:
-            parts[hub] = name, p, None
+        parts |= {hub: (name, p, expert) for hub, expert in hub_names(name, part_of(p).shape).items()}
     return parts
 
 
-def _part(p, expert) -> Tensor:
-    return p.detach() if expert is None else p.detach()[expert]
-
-
-def _load(tensor: Tensor, p: nn.Parameter, expert: int | None) -> None:
-    """A whole tensor into a parameter, or into that part of it which this rank has."""
-    _, place = getattr(p, "part", (p.shape, tuple(slice(0, n) for n in p.shape)))
+def _hub_part(part: Part, expert: int | None) -> Part | None:
+    """What a part of a stack has of one expert, None if nothing; of other parameters it is the same."""
     if expert is None:
-        p.detach().copy_(tensor[place])
-    elif place[0].start <= expert < place[0].stop:
-        p.detach()[expert - place[0].start].copy_(tensor[place[1:]])
+        return part
+    return Part(part.shape[1:], part.box[1:]) if expert in part.box[0] else None
+
+
+def _values(p: nn.Parameter, expert: int | None) -> Tensor:
+    return p.detach() if expert is None else p.detach()[part_of(p).box[0].index(expert)]
 
 
 def load_weights(model: nn.Module, folder: Path, names: Collection[str] | None = None) -> None:
@@ -221,13 +226,14 @@ def load_weights(model: nn.Module, folder: Path, names: Collection[str] | None =
     for name, (p, expert) in wanted.items():
         reader = readers[files[name]]
         shape = tuple(reader.get_slice(name).get_shape())
-        whole = tuple(getattr(p, "part", (p.shape,))[0])[0 if expert is None else 1 :]
+        whole = tuple(part_of(p).shape)[0 if expert is None else 1 :]
         if shape != whole:
             raise UserError(f"{folder / files[name]}: {name} has shape {shape}, the model's is {whole}")
         tensor = reader.get_tensor(name)
         if not tensor.is_floating_point():
             raise UserError(f"{folder / files[name]}: {name} is {tensor.dtype}, not a floating-point tensor")
-        _load(tensor, p, expert)
+        if (part := _hub_part(part_of(p), expert)) is not None:
+            _values(p, expert).copy_(take(tensor, part.box))
     model.source = folder
 
 
@@ -283,7 +289,8 @@ def save_pretrained(
     read: Callable[[str, int | None], Tensor] | None = None,
     chat_template: str | None = None,
 ) -> None:
-    """Write a folder that transformers' AutoModelForCausalLM loads, weights bit for bit; host memory: one tensor.
+    """Write a folder that transformers' AutoModelForCausalLM loads, weights bit for bit; host memory: one tensor, and
+    what comes of it from another rank.
 
     tokenizer: a folder whose tokenizer files, generation_config.json and token ids in config.json come along; None:
     the folder that the weights were loaded from, if they were.
@@ -293,12 +300,7 @@ def save_pretrained(
     chat_template: jinja2, in the place of the tokenizer's.
     """
     params = dict(model.named_parameters())
-    read = read or (lambda name, e: _part(read_whole(params[name]), e))
-    tensors = {
-        hub: Later(p.dtype, p.shape if e is None else p.shape[1:], functools.partial(read, name, e))
-        for hub, (name, p, e) in hub_parts(model).items()
-    }
-    tensors = _of_all_stages(model, tensors)
+    tensors = _whole_tensors(model, read or (lambda name, e: _values(read_whole(params[name]), e)))
     if not is_first():
         return send_pieces(tensors)
     config, folder = hub_config(model), Path(folder)
@@ -332,32 +334,52 @@ def save_pretrained(
             write_json(tmp / "generation_config.json", ids)
 
 
-def _of_all_stages(model: nn.Module, tensors: dict[str, Later]) -> dict[str, Later]:
-    """Of a pipeline: on the first rank those of the other stages too, which send each one there as they read it.
+def _whole_tensors(model: nn.Module, read: Callable[[str, int | None], Tensor]) -> dict[str, Later]:
+    """On the first rank whole tensors, put together as they are read; other ranks read theirs and send them there.
 
-    What an earlier stage has as well, a tied head, is that stage's.
+    Where several ranks have the same part it is taken from the first of them.
     """
-    pp, device = link_of(model).ahead, next(model.parameters()).device
-    of_stages = gather_objects({name: (t.dtype, t.shape) for name, t in tensors.items()}, pp)
-    earlier = set().union(*of_stages[: pp.rank])
-    tensors = {name: t for name, t in tensors.items() if name not in earlier}
-
-    def send_it(t):
-        send(t.read().contiguous(), 0, pp).wait()
-
-    def receive_it(stage, dtype, shape):
-        x = torch.empty(shape, dtype=dtype, device=device)
-        receive(x, stage, pp)
-        return x
-
-    if link_of(model).stage.rank > 0:  # takes part in what its stage gathers
-        return tensors
-    if pp.rank > 0:
-        return {name: Later(t.dtype, t.shape, functools.partial(send_it, t)) for name, t in tensors.items()}
-    for stage, of_stage in enumerate(of_stages):
-        for name, about in of_stage.items():
-            tensors.setdefault(name, Later(*about, functools.partial(receive_it, stage, *about)))
+    params = dict(model.named_parameters())
+    is_split = hasattr(model, "link") or any(hasattr(p, "part") for p in params.values())
+    ranks = everyone() if is_split else Group()
+    of_ranks = gather_objects({name: (p.dtype, part_of(p)) for name, p in params.items()}, ranks)
+    tensors = {}
+    for name in dict.fromkeys(itertools.chain(*of_ranks)):  # in the same order on all ranks
+        holders = {}
+        for i, of_rank in enumerate(of_ranks):
+            if name in of_rank:
+                holders.setdefault(of_rank[name], i)
+        dtype, (shape, _) = next(iter(holders))
+        for hub, expert in hub_names(name, shape).items():
+            hub_shape = shape if expert is None else shape[1:]
+            boxes = {part.box: i for (_, of_p), i in holders.items() if (part := _hub_part(of_p, expert))}
+            has_part = name in params and _hub_part(part_of(params[name]), expert)
+            own = functools.partial(read, name, expert) if has_part else None
+            tensors[hub] = Later(dtype, hub_shape, functools.partial(_gather, own, boxes, hub_shape, dtype, ranks))
     return tensors
+
+
+def _gather(
+    read: Callable[[], Tensor] | None, boxes: dict[Box, int], shape: torch.Size, dtype: torch.dtype, ranks: Group
+) -> Tensor | None:
+    """read: this rank's part, if it has one; boxes: of all parts, from which rank. -> on the first the whole tensor.
+
+    By way of the hosts, where rank 0 needs it.
+    """
+    own = read() if read else None  # also where it is not sent: under ZeRO 3 several ranks read together
+    if ranks.rank > 0:
+        if ranks.rank in boxes.values():
+            send(own.cpu().contiguous(), 0, ranks).wait()
+        return own
+    if list(boxes.values()) == [0]:
+        return own
+    whole = torch.empty(shape, dtype=dtype)
+    for box, i in boxes.items():
+        part = torch.empty(list(map(len, box)), dtype=dtype) if i else own
+        if i:
+            receive(part, i, ranks)
+        take(whole, box).copy_(part)
+    return whole
 
 
 def _shards(tensors: dict[str, Later]) -> list[dict[str, Later]]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minitrain.batch import Batch
+from minitrain.boxes import part_of
 from minitrain.config import TrainConfig, UserError
 from minitrain.parallel.mesh import Mesh
 
@@ -97,7 +98,7 @@ class Flops:
 
 def _numel(p: nn.Parameter) -> int:
     """Of the whole one, where ranks have parts."""
-    return math.prod(getattr(p, "part", (p.shape,))[0])
+    return part_of(p).shape.numel()
 
 
 class Log:

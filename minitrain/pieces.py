@@ -9,25 +9,27 @@
     config          the run's settings        dtype      of the model's parameters
     data            the place in the data     optimizer  the name of its class        versions
     files           {file: {"bytes": its size, "header_bytes", "header_sha256"}}
-    tensors         {name: {"dtype", "shape", "pieces": [{"file", "first", "end", "sha256"}, ...]}}
+    tensors         {name: {"dtype", "shape", "pieces": [{"file", "box", "first", "end", "sha256"}, ...]}}
     sha256          the seal: of all bytes of manifest.json that stand before it
 
-A piece is elements first .. end - 1 of a tensor laid flat (row by row), and pieces of a tensor leave no hole: whoever
-reads takes the elements that it needs, and need not know how many ranks wrote. Names are "model.NAME" (the weight that
-the optimizer steps, fp32), "optimizer.NAME.KEY" (its state for it) and "rng.RANK.cpu" or ".cuda" (random generators).
+A piece is elements first .. end - 1 of a box of a tensor laid flat (row by row). "box" has the [start, stop] of each
+dimension, and is absent where it is the whole tensor. Boxes of a tensor are the cells of a grid, and pieces of a box
+leave no hole: whoever reads takes the elements that it needs, and need not know how who wrote had cut it. Names are
+"model.NAME" (the weight that the optimizer steps, fp32), "optimizer.NAME.KEY" (its state for it) and "rng.RANK.cpu" or
+".cuda" (random generators).
 """
 
 import hashlib
 import json
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from minitrain.boxes import Box, common, numel, rows_of_run, run_as_boxes, take, whole_box
 from minitrain.config import UserError
 from minitrain.storage import DTYPES, MAX_HEADER_BYTES, open_safetensors, read_json, write_safetensors, write_text
 
@@ -43,11 +45,12 @@ class Damaged(UserError):
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive elements of a tensor, from the first one on, in any shape."""
+    """Of a tensor's box, laid flat, consecutive elements from the first one on, in any shape."""
 
     values: Tensor
-    first: int
     shape: torch.Size  # of the whole tensor
+    box: Box
+    first: int = 0
 
 
 # ---- writing
@@ -62,6 +65,8 @@ def write_pieces(path: Path, pieces: Mapping[str, Piece]) -> dict:
     tensors = {}
     for name, piece in pieces.items():
         place = {"file": path.name, "first": piece.first, "end": piece.first + piece.values.numel()}
+        if piece.box != whole_box(piece.shape):
+            place["box"] = [[side.start, side.stop] for side in piece.box]
         about = {"dtype": _CODES[piece.values.dtype], "shape": list(piece.shape)}
         tensors[name] = {**about, "pieces": [{**place, "sha256": sums[name]}]}
     file = {"bytes": size, "header_bytes": size - held, "header_sha256": sums[""]}
@@ -127,22 +132,43 @@ class Saved:
                 raise Damaged(f"{path}: damaged: holds more or less than the manifest says")
         open_safetensors(path)
 
-    def read(self, name: str, first: int = 0, end: int | None = None) -> Tensor:
-        """Elements first .. end - 1 of a tensor, 1-D; no other bytes are read. None: to its last."""
+    def read(self, name: str, box: Box | None = None, first: int = 0, end: int | None = None) -> Tensor:
+        """Elements first .. end - 1 of a box of a tensor, 1-D; None: all of it, to its last.
+
+        Files are mapped, and no other elements touched: host memory is what is returned.
+        """
         dtype, shape = self.tensors[name]
-        end = shape.numel() if end is None else end
-        parts = [torch.empty(0, dtype=dtype)]
+        box = box or whole_box(shape)
+        end = numel(box) if end is None else end
+        values = torch.empty(end - first, dtype=dtype)
+        wanted, rows = list(_in_boxes(values, box, first, end)), rows_of_run(box, first, end)
         for piece in self.manifest["tensors"][name]["pieces"]:
-            begin, stop = max(first, piece["first"]), min(end, piece["end"])
-            if begin < stop:
-                part = self._reader(piece["file"]).get_slice(name)
-                parts.append(part[begin - piece["first"] : stop - piece["first"]])
-        return parts[1] if len(parts) == 2 else torch.cat(parts)
+            run = _box_of(piece, shape), piece["first"], piece["end"]
+            if common(rows_of_run(*run), rows) is None:
+                continue
+            stored = self._reader(piece["file"]).get_tensor(name)
+            for there, theirs in _in_boxes(stored, *run):
+                for here, ours in wanted:
+                    if (both := common(here, there)) is not None:
+                        take(ours, both, here).copy_(take(theirs, both, there))
+        return values
 
     def _reader(self, file):
         if file not in self.readers:
             self.readers[file] = open_safetensors(self.folder / file)
         return self.readers[file]
+
+
+def _box_of(piece: dict, shape: torch.Size) -> Box:
+    return tuple(range(start, stop) for start, stop in piece["box"]) if "box" in piece else whole_box(shape)
+
+
+def _in_boxes(run: Tensor, box: Box, first: int, end: int) -> Iterator[tuple[Box, Tensor]]:
+    """A run of a box, as boxes and views of it in their shapes."""
+    offset = 0
+    for inner in run_as_boxes(box, first, end):
+        yield inner, run[offset : offset + numel(inner)].view(list(map(len, inner)))
+        offset += numel(inner)
 
 
 def _sha256_of_next(stream, size: int) -> str:
@@ -187,12 +213,31 @@ def _check(manifest: dict) -> None:
     for name, tensor in manifest["tensors"].items():
         if tensor["dtype"] not in DTYPES or not all(type(n) is int and 0 <= n < 1 << 62 for n in tensor["shape"]):
             raise ValueError(f"{name} is {tensor['dtype']!r} of shape {tensor['shape']!r}")
-        end = 0
+        ends: dict[Box, int] = {}
         for piece in tensor["pieces"]:
             if piece["file"] not in manifest["files"]:
                 raise ValueError(f"{name} has a piece in {piece['file']!r}, which is none of its files")
+            box = _box_of(piece, tensor["shape"])
+            end = ends.get(box, 0)
             if not type(piece["first"]) is type(piece["end"]) is int or not piece["first"] == end <= piece["end"]:
                 raise ValueError(f"pieces of {name} overlap or leave a hole at element {end}")
-            end = piece["end"]
-        if end != math.prod(tensor["shape"]):
-            raise ValueError(f"pieces of {name} end at element {end}, the tensor has {math.prod(tensor['shape'])}")
+            ends[box] = piece["end"]
+        _check_grid(name, tensor["shape"], ends.keys())
+        for box, end in ends.items():
+            if end != numel(box):
+                raise ValueError(f"pieces of {name} end at element {end} of {numel(box)}")
+
+
+def _check_grid(name: str, shape: list[int], boxes: Collection[Box]) -> None:
+    """ValueError unless the boxes are all cells of a grid over the tensor, and so have each element once."""
+    if any(len(box) != len(shape) for box in boxes):
+        raise ValueError(f"boxes of {name} have other dimensions than its shape {shape}")
+    num_cells = 1
+    for dim, n in enumerate(shape):
+        sides = sorted({(box[dim].start, box[dim].stop) for box in boxes})
+        borders = [0, *(stop for _, stop in sides)]
+        if borders != [*(start for start, _ in sides), n] or borders != sorted(borders):
+            raise ValueError(f"boxes of {name} overlap or leave a hole in dimension {dim}")
+        num_cells *= len(sides)
+    if len(boxes) != num_cells:
+        raise ValueError(f"boxes of {name} are {len(boxes)} of the {num_cells} cells of its grid")

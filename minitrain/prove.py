@@ -12,13 +12,13 @@ tests/ compare every axis by the same functions.
 import contextlib
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from minitrain.batch import IGNORE, Batch
+from minitrain.boxes import part_of, take
 from minitrain.config import Config, ParallelConfig, UserError
 from minitrain.models import build_model, load_object
 from minitrain.parallel import parallelize
@@ -26,21 +26,13 @@ from minitrain.parallel.ddp import DENSE
 from minitrain.parallel.gather import whole
 from minitrain.parallel.mesh import Mesh, init_mesh
 from minitrain.parallel.zero import MasterOptimizer, shard_optimizer
+from minitrain.pieces import Piece
 from minitrain.train import forward_backward, set_weights
 
 _STEPS = 3
 _SHOWN = 10  # tensors
 # Adam divides by gradients: of small ones the rounding of float32 grows.
 _TOLERANCE = {"float64": 1e-11, "float32": 1e-3}
-
-
-class Part(NamedTuple):
-    """What a rank has of a tensor: of tensor[place], laid flat, the elements from the first one on."""
-
-    values: Tensor  # (n,)
-    shape: torch.Size  # of the whole tensor
-    place: tuple[slice, ...] = ()
-    first: int = 0
 
 
 def follow(
@@ -50,7 +42,7 @@ def follow(
     steps: list[list[Batch]],
     loss_fn: Callable,
     spoil: Callable[[nn.Module], None] = lambda model: None,
-) -> dict[str, Part]:
+) -> dict[str, Piece]:
     """Train on these rows of all ranks, a list a step. -> "loss", extras and "norm" of each step, "gradient NAME" of
     the first step and "weight NAME" after the last.
 
@@ -69,9 +61,11 @@ def follow(
             gradients = gradients or _gradients(opt)
             opt.step(0.01)
         with whole(model):
-            weights = {f"weight {name}": _part(p, p.detach().flatten().clone()) for name, p in opt.params.items()}
+            weights = {
+                f"weight {name}": Piece(p.detach().flatten().clone(), *part_of(p)) for name, p in opt.params.items()
+            }
     columns = {name: torch.stack([of_step[name] for of_step in results]) for name in results[0]}
-    return {name: Part(values, values.shape) for name, values in columns.items()} | gradients | weights
+    return {name: Piece(values, *part_of(values)) for name, values in columns.items()} | gradients | weights
 
 
 def plain_adamw(params: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -81,37 +75,34 @@ def plain_adamw(params: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW([group for group in groups if group["params"]], eps=1e-6)
 
 
-def _gradients(opt: MasterOptimizer) -> dict[str, Part]:
+def _gradients(opt: MasterOptimizer) -> dict[str, Piece]:
     """After clip_grad_norm."""
     if not hasattr(opt, "units"):
         masters = {name: master for name, master in opt.masters.items() if master.requires_grad}
-        return {f"gradient {name}": _part(opt.params[name], m.grad.flatten().clone()) for name, m in masters.items()}
+        grads = {name: master.grad.flatten().clone() for name, master in masters.items()}
+        return {f"gradient {name}": Piece(grad, *part_of(opt.params[name])) for name, grad in grads.items()}
     found = {}
     for key, unit in opt.units.items():
         for name, p in unit.params.items():
             piece = unit.piece(opt.gradients.sums[key], name, unit.shard.rank).clone()
-            found[f"gradient {name}"] = _part(p, piece, unit.span(name, unit.shard.rank)[0])
+            found[f"gradient {name}"] = Piece(piece, *part_of(p), unit.span(name, unit.shard.rank)[0])
     return found
 
 
-def _part(p: nn.Parameter, values: Tensor, first: int = 0) -> Part:
-    return Part(values, *getattr(p, "part", (p.shape, ())), first)
-
-
-def of_one(parts: dict[str, Part]) -> dict[str, Tensor]:
+def of_one(parts: dict[str, Piece]) -> dict[str, Tensor]:
     """What one process has: all of each tensor, on the host."""
     return {key: part.values.view(part.shape).cpu() for key, part in parts.items()}
 
 
-def differences(parts: dict[str, Part], expected: dict[str, Tensor], mesh: Mesh) -> dict[str, float]:
+def differences(parts: dict[str, Piece], expected: dict[str, Tensor], mesh: Mesh) -> dict[str, float]:
     """The largest of all ranks, relative to the tensor's largest element; infinite for what is no number or on no rank,
     and for a norm that is not the same on every rank. After fewer steps than expected, without weights."""
     is_short = len(parts["loss"].values) < len(expected["loss"])
     keys = [key for key in expected if not (is_short and key.startswith("weight "))]
     found = {}
     for key in parts.keys() & set(keys):
-        values, _, place, first = parts[key]
-        mine = expected[key][place].flatten()[first : first + len(values)]
+        values, first = parts[key].values, parts[key].first
+        mine = take(expected[key], parts[key].box).flatten()[first : first + len(values)]
         found[key] = difference(values.cpu(), mine, expected[key])
     of_ranks = [None] * mesh.size
     dist.all_gather_object(of_ranks, (parts["norm"].values.tolist(), found))
@@ -194,7 +185,7 @@ def prove(cfg: Config) -> bool:
     steps = [make_rows(step, num_rows, tokens, small.model.vocab_size) for step in range(_STEPS)]
     loss_fn = load_object(cfg.train.loss)
 
-    def run(mesh: Mesh, steps: list[list[Batch]]) -> dict[str, Part]:
+    def run(mesh: Mesh, steps: list[list[Batch]]) -> dict[str, Piece]:
         return follow(build_model(small.model), small, mesh, steps, loss_fn)
 
     say = print if mesh.rank == 0 else lambda *_: None

@@ -17,7 +17,8 @@ import minitrain as mt
 from minitrain import save_pretrained
 from minitrain.attention import attention
 from minitrain.batch import IGNORE
-from minitrain.config import CheckpointConfig, Config, DataConfig, ParallelConfig, TrainConfig, UserError
+from minitrain.boxes import part_of, take
+from minitrain.config import Config, DataConfig, ParallelConfig, TrainConfig, UserError
 from minitrain.hf import load_weights
 from minitrain.loss import cross_entropy
 from minitrain.models import build_model, init_weights, materialize
@@ -68,7 +69,7 @@ def run(name, parallel, mesh=ALONE, steps=STEPS, spoil=lambda model: None, num_r
     tokens = tokens_of_a_row(parallel)
     data = DataConfig(tokens_per_row=tokens, max_seqlen=tokens)
     train = dataclasses.replace(train or TrainConfig(), dtype="float64")
-    cfg = Config(model.config, data, train=train, parallel=parallel, checkpoint=CheckpointConfig(0, export=False))
+    cfg = Config(model.config, data, train=train, parallel=parallel)
     rows = [make_rows(step, num_rows, tokens, SIZES["vocab_size"]) for step in range(steps)]
     parts = follow(model, cfg, mesh, rows, loss_fn, spoil)
     if name == "starved":
@@ -204,14 +205,14 @@ def load_parts(folder):
         materialize(model, "cpu", torch.float32)
         load_weights(model, folder)
         for name, p in model.named_parameters():
-            shape, place = getattr(p, "part", (p.shape, ()))
+            shape, box = part_of(p)
             of_hub = "model." * (not name.startswith("lm_head")) + name
             if p.ndim == 3:
                 prefix, _, matrix = of_hub.rpartition(".")
                 tensor = torch.stack([one[f"{prefix}.{e}.{matrix}.weight"] for e in range(shape[0])])
             else:
                 tensor = one[of_hub]
-            assert p.equal(tensor[place]), name
+            assert p.equal(take(tensor, box)), name
 
 
 def test_pretrained_weights_are_cut_as_they_are_read_and_a_rank_has_its_share(tmp_path):
@@ -292,11 +293,6 @@ def test_a_layout_that_cannot_work_is_refused_with_every_reason(monkeypatch):
         "parallel.tp=4 is more than num_key_value"
     )
     assert objections(ParallelConfig(tp=2), 4, MODELS["llama"]) == []
-
-
-def test_cut_models_are_not_saved_yet(corpus, tmp_path):
-    with pytest.raises(UserError, match=r"cannot be saved yet; set checkpoint\.every = 0"):
-        tiny_run(corpus, tmp_path, parallel={"tp": 2})
 
 
 def cut_an_unknown_model():

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minitrain import PackedData, Qwen3Config, Qwen3MoeConfig, UserError, build_model, train
+from minitrain.boxes import part_of, whole_box
 from minitrain.config import to_toml
 from minitrain.models import init_weights
 from minitrain.parallel.mesh import Mesh
@@ -276,7 +277,7 @@ def first_piece(manifest):
         ),
         (lambda m: first_piece(m).update(file="rank-00009.safetensors"), "none of its files"),
         (lambda m: first_piece(m).update(first=1), "overlap or leave a hole at element 0"),
-        (lambda m: first_piece(m).update(end=3), "end at element 3, the tensor has"),
+        (lambda m: first_piece(m).update(end=3), "end at element 3 of 3232"),
         (lambda m: first_piece(m).update(end=1.5), "overlap"),
         (lambda m: m["tensors"].pop("rng.0.cpu"), "rng.0.cpu is not what was written"),
         (lambda m: m["tensors"]["rng.0.cpu"].update(dtype="F00"), "rng.0.cpu is 'F00'"),
@@ -372,8 +373,8 @@ def test_another_model_is_refused(stopped, other):
 
 def test_state_of_a_parameter_that_the_model_has_not_is_refused(stopped):
     saved = Saved(newest(stopped))
-    pieces = {name: Piece(saved.read(name).clone(), 0, shape) for name, (_, shape) in saved.tensors.items()}
-    pieces["optimizer.tail.weight.exp_avg"] = Piece(torch.ones(2), 0, torch.Size([2]))
+    pieces = {name: Piece(saved.read(name), shape, whole_box(shape)) for name, (_, shape) in saved.tensors.items()}
+    pieces["optimizer.tail.weight.exp_avg"] = Piece(torch.ones(2), *part_of(torch.ones(2)))
     about = {key: saved.manifest[key] for key in ("step", "data", "config", "dtype", "optimizer", "versions")}
     part = write_pieces(newest(stopped) / "rank-00000.safetensors", pieces)
     write_manifest(newest(stopped), about, [part])

@@ -79,12 +79,14 @@ def refused(tool, arguments, capsys, complaint):
 
 
 def test_inspect_prints_and_verifies(corpus, tmp_path, capsys):
-    cfg = run(corpus, tmp_path / "run", data={"rows_per_step": 2}, parallel={"zero": 1})
+    cfg = run(corpus, tmp_path / "run", parallel={"tp": 2})
     spawn(2, train, cfg)
     inspect_checkpoint.main([str(newest(cfg)), "--tensors"])
     out = capsys.readouterr().out
     for text in ("after step 2, format 2", "qwen3 in bfloat16", "AdamW's state", "rank-00001.safetensors: ",
-                 "model.norm.weight: float32 (32,) = 0:32 rank-0000", "whole: every byte"):  # fmt: skip
+                 "model.norm.weight: float32 (32,) = 0:32 rank-0000",
+                 "0.mlp.down_proj.weight: float32 (32, 48) = [0:32, 0:24] 0:768 rank-00000, [0:32, 24:48] 0:768 rank-",
+                 "whole: every byte"):  # fmt: skip
         assert text in out
     for file in sorted(newest(cfg).resolve().glob("rank-*")):
         content = bytearray(file.read_bytes())

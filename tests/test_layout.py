@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1] / "minitrain"
 # On the right column's floor, zero.py stands on others, these on ddp.py, and what cuts a model on cut.py.
 # The two columns of floor 3 do not know each other: models, losses and optimizers are plain, parallel/ wraps them.
 FLOORS = [
-    {"config", "kernels"},
+    {"boxes", "config", "kernels"},
     {"extension", "parallel.comm", "parallel.layout", "parallel.recompute", "signals", "storage"},
     {"fused_attention", "multi_tensor", "norm_rotate", "routed_rows", "shards", "batch", "parallel.mesh", "pieces"},
     {"attention"},

@@ -50,7 +50,7 @@ def test_a_twin_is_small_of_the_same_structure_and_fits_in_the_layout(name, size
 
 
 def tiny(model, **sizes):
-    cfg = tiny_run("", "", parallel=sizes, data={"tokens_per_row": 96}, checkpoint={"every": 0, "export": False})
+    cfg = tiny_run("", "", parallel=sizes, data={"tokens_per_row": 96})
     return dataclasses.replace(cfg, model=model)
 
 

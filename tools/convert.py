@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minitrain.boxes import whole_box
 from minitrain.config import DataConfig, SourceConfig, UserError, exit_with
 from minitrain.hf import chat_template, save_pretrained
 from minitrain.models import build_model, model_class
@@ -38,8 +39,10 @@ def convert(
 
     def read(name: str, expert: int | None) -> Tensor:
         shape = here[f"model.{name}"]
-        first, shape = (0, shape) if expert is None else (expert * shape[1:].numel(), shape[1:])
-        return saved.read(f"model.{name}", first, first + shape.numel()).view(shape).to(next(model.parameters()).dtype)
+        box = whole_box(shape)
+        if expert is not None:
+            shape, box = shape[1:], (range(expert, expert + 1), *box[1:])
+        return saved.read(f"model.{name}", box).view(shape).to(next(model.parameters()).dtype)
 
     template = None if tokenizer else chat_template(data.all_sources)
     save_pretrained(model, out, tokenizer or own or None, overwrite, read, template)

@@ -27,9 +27,15 @@ def describe(saved: Saved, tensors: bool = False) -> str:
     lines += [f"{file}: {saved.manifest['files'][file]['bytes']:,} bytes" for file in saved.files]
     for name, (dtype, shape) in saved.tensors.items() if tensors else ():
         pieces = saved.manifest["tensors"][name]["pieces"]
-        places = ", ".join(f"{p['first']}:{p['end']} {p['file'].removesuffix('.safetensors')}" for p in pieces)
+        places = ", ".join(map(_place, pieces))
         lines.append(f"{name}: {str(dtype).removeprefix('torch.')} {tuple(shape)} = {places}")
     return "\n".join(lines)
+
+
+def _place(piece: dict) -> str:
+    """[rows, columns] first:end file; of a whole tensor without the first."""
+    sides = ", ".join(f"{start}:{stop}" for start, stop in piece.get("box", ()))
+    return f"{f'[{sides}] ' * bool(sides)}{piece['first']}:{piece['end']} {piece['file'].removesuffix('.safetensors')}"
 
 
 def main(args: list[str] | None = None) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
+from minitrain.boxes import part_of, take
 from minitrain.config import UserError
 
 MODELS = {  # Hugging Face's model_type -> the class
@@ -90,11 +91,11 @@ def init_weights(model: nn.Module, seed: int, names: Collection[str] | None = No
         else:
             residual = "o_proj" in name or "down_proj" in name
             scale = std / math.sqrt(2 * model.config.num_hidden_layers) if residual else std
-            shape, place = getattr(p, "part", (p.shape, (slice(None),) * p.ndim))  # of the whole tensor, and where p is
+            shape, box = part_of(p)
             pieces = [(name, p)]
             if p.ndim == 3:
-                pieces = [(f"{name}.{e}", expert) for e, expert in zip(range(shape[0])[place[0]], p, strict=True)]
+                pieces = [(f"{name}.{e}", expert) for e, expert in zip(box[0], p, strict=True)]
             for piece_name, piece in pieces:
                 generator = torch.Generator(p.device).manual_seed(seed + zlib.crc32(piece_name.encode()))
                 whole = torch.empty(shape[p.ndim - piece.ndim :], device=p.device)
-                piece.copy_(whole.normal_(0, scale, generator=generator)[place[p.ndim - piece.ndim :]])
+                piece.copy_(take(whole.normal_(0, scale, generator=generator), box[p.ndim - piece.ndim :]))

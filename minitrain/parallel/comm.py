@@ -25,6 +25,11 @@ class Group:
     handle: dist.ProcessGroup | None = None
 
 
+def everyone() -> Group:
+    """All ranks."""
+    return Group(dist.get_rank(), dist.get_world_size())
+
+
 def shard_of(flat: Tensor, group: Group) -> Tensor:
     """This rank's shard, a view."""
     return flat.chunk(group.size)[group.rank]

@@ -2,7 +2,7 @@
 
     p.cut_on        {"tp": 0}: axis of the mesh -> dimension that it cuts
     p.grad_sum_on   ("dp", "cp"): axes over which its gradient is summed (mesh.GRAD_SUMS)
-    p.part          (shape of the whole tensor, slices of it that this rank has)
+    p.part          what this rank has of the whole tensor; part_of(p) knows it of any parameter (boxes.py)
 
 Names and objects stay, so ties do too.
 """
@@ -10,6 +10,7 @@ Names and objects stay, so ties do too.
 import torch
 from torch import nn
 
+from minitrain.boxes import Part, part_of
 from minitrain.parallel.comm import Group
 
 
@@ -26,8 +27,8 @@ def cut(p: nn.Parameter, axis: str, dim: int, group: Group, unit: int = 1) -> No
     cut_on = getattr(p, "cut_on", {})
     if axis in cut_on:
         return
-    shape, place = getattr(p, "part", (p.shape, tuple(slice(0, n) for n in p.shape)))
+    shape, box = part_of(p)
     start, end = span(p.shape[dim], group, unit)
     p.data = p.data.narrow(dim, start, end - start).clone()
-    p.part = shape, (*place[:dim], slice(start, end), *place[dim + 1 :])
+    p.part = Part(shape, (*box[:dim], box[dim][start:end], *box[dim + 1 :]))
     p.cut_on = {**cut_on, axis: dim}

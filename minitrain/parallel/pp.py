@@ -128,7 +128,7 @@ class Link:
     """
 
     def __init__(self, mesh: Mesh, part: int = 0):
-        self.ahead, self.tp, self.stage = mesh.group("pp"), mesh.group("tp"), mesh.group("stage")
+        self.ahead, self.tp = mesh.group("pp"), mesh.group("tp")
         self.schedule, self.parts = mesh.schedule, mesh.parts
         rank, stages = self.ahead.rank, self.ahead.size
         self.is_first, self.is_last = (part, rank) == (0, 0), (part, rank) == (mesh.parts - 1, stages - 1)

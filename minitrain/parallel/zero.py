@@ -21,10 +21,11 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor, nn
 
+from minitrain.boxes import part_of
 from minitrain.config import ParallelConfig, UserError
 from minitrain.multi_tensor import global_norm
-from minitrain.parallel.comm import all_gather, shard_of, sum_equal
-from minitrain.parallel.ddp import Gradients, Unit, make_units
+from minitrain.parallel.comm import Group, all_gather, shard_of, sum_equal
+from minitrain.parallel.ddp import DENSE, Gradients, Unit, make_units
 from minitrain.parallel.gather import GatheredWeights
 from minitrain.parallel.mesh import Mesh
 from minitrain.parallel.offload import HostState
@@ -130,9 +131,9 @@ class MasterOptimizer:
     def tensors(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
         """Of the masters and the frozen parameters, in whole."""
         return {
-            f"model.{name}": (_wide(p.dtype) if p.requires_grad else p.dtype, p.shape)
+            f"model.{name}": (_wide(p.dtype) if p.requires_grad else p.dtype, part_of(p).shape)
             for name, p in self.params.items()
-            if p.numel()
+            if part_of(p).shape.numel()
         }
 
     def pieces(self) -> dict[str, Piece]:
@@ -142,35 +143,36 @@ class MasterOptimizer:
         """
         pieces = {}
         for name in self._to_save():
-            (first, _), shape = self._span(name), self.params[name].shape
+            (first, _), part = self._span(name), part_of(self.params[name])
             master = self.masters.get(name, self.params[name])
-            pieces[f"model.{name}"] = Piece(master.detach(), first, shape)
+            pieces[f"model.{name}"] = Piece(master.detach(), *part, first)
             for key, value in self.optimizer.state.get(master, {}).items():
                 full_name = f"optimizer.{name}.{key}"
-                self._check_state(f"{name}.{key}", value, master)
-                if value.ndim and self._is_cut:
-                    pieces[full_name] = Piece(value, first, shape)
-                elif first == 0:  # a scalar, such as a count of steps, is the same for all pieces
-                    pieces[full_name] = Piece(value, 0, value.shape)
+                self._check_state(name, key, value, master)
+                if value.ndim and self._is_part(name):
+                    pieces[full_name] = Piece(value, *part, first)
+                elif first == 0 and not any(side.start for side in part.box):
+                    # A scalar, such as a count of steps, is the same for all pieces.
+                    pieces[full_name] = Piece(value, *part_of(value))
         return pieces
 
     @torch.no_grad()
-    def load(self, tensors: dict[str, tuple[torch.dtype, torch.Size]], read: Callable[[str, int, int], Tensor]) -> None:
-        """Weights and state, of any number of ranks. tensors: all that were saved.
+    def load(self, tensors: dict[str, tuple[torch.dtype, torch.Size]], read: Callable[..., Tensor]) -> None:
+        """Weights and state, of any layout. tensors: all that were saved.
 
-        read: (name, first, end) -> these elements, 1-D; no others than this rank holds are asked for.
+        read: (name, box, first, end) -> these elements, 1-D; no others than this rank holds are asked for.
         """
         for full_name, (_, shape) in tensors.items():
             kind, _, rest = full_name.partition(".")
             name, _, key = rest.rpartition(".")
             if kind == "optimizer" and name in self.masters:
-                master = self.masters[name]
-                is_piece = self._is_cut and len(shape) > 0
-                if is_piece and shape != self.params[name].shape:
+                master, part = self.masters[name], part_of(self.params[name])
+                is_piece = self._is_part(name) and len(shape) > 0
+                if is_piece and shape != part.shape:
                     raise UserError(
                         f"{full_name} has shape {tuple(shape)}: it cannot be cut as {name} is on these ranks"
                     )
-                value = read(full_name, *self._span(name)) if is_piece else read(full_name, 0, shape.numel())
+                value = read(full_name, part.box, *self._span(name)) if is_piece else read(full_name)
                 on = value.device if not shape and not master.is_cuda else master.device
                 self.optimizer.state[master][key] = value.view(master.shape if is_piece else shape).to(on)
         for full_name in self.tensors():
@@ -178,31 +180,32 @@ class MasterOptimizer:
             first, end = self._span(name)
             if end > first:
                 held = self.masters.get(name, self.params[name])
-                held.copy_(read(full_name, first, end).view_as(held))
+                held.copy_(read(full_name, part_of(self.params[name]).box, first, end).view_as(held))
         self._use_loaded()
 
     def _use_loaded(self) -> None:
         self._round(list(self.masters))
 
-    _is_cut = False  # whether a master can be a piece of its parameter
+    def _is_part(self, name: str) -> bool:
+        """Whether a master can be less than the whole parameter of all ranks."""
+        return False
 
     def _span(self, name: str) -> tuple[int, int]:
-        """First .. last + 1 of a parameter's elements that this rank has a master of."""
+        """First .. last + 1 of the elements, of this rank's part of a parameter, that it has a master of."""
         return 0, self.params[name].numel()
 
     def _to_save(self) -> list[str]:
         """Parameters."""
         return [name for name, p in self.params.items() if p.numel()]
 
-    def _check_state(self, full_name: str, value, master: nn.Parameter) -> None:
+    def _check_state(self, name: str, key: str, value, master: nn.Parameter) -> None:
+        keeps = f"{type(self.optimizer).__name__} keeps {name}.{key}"
         if not torch.is_tensor(value):
+            raise UserError(f"{keeps}={value!r}; make it a tensor, to be saved")
+        if value.ndim and self._is_part(name) and value.numel() != master.numel():
             raise UserError(
-                f"{type(self.optimizer).__name__} keeps {full_name}={value!r}; make it a tensor, to be saved"
-            )
-        if value.ndim and self._is_cut and value.numel() != master.numel():
-            raise UserError(
-                f"{type(self.optimizer).__name__} keeps {full_name} of shape {tuple(value.shape)} for a piece of "
-                f'shape {tuple(master.shape)}; a class that needs whole matrices says shard = "param"'
+                f"{keeps} of shape {tuple(value.shape)} for a piece of shape {tuple(master.shape)}; "
+                'a class that needs whole matrices says shard = "param"'
             )
 
 
@@ -342,18 +345,21 @@ class ShardedOptimizer(MasterOptimizer):
         self._share_weights()
 
     def _to_save(self) -> list[str]:
-        """Ranks that hold the same piece share the work parameter by parameter; frozen ones are on every rank."""
+        """Ranks that hold the same piece share the work parameter by parameter: of those that have the same part of it,
+        and sum its gradient, the ones with the same shard; if it is frozen, and so in no shard, all.
+        """
         mine = []
         names = [name for name in super()._to_save() if not self.mesh.is_second_copy(self.params[name])]
         for i, name in enumerate(names):
-            same = self.units[self.unit_of[name]].replica if name in self.unit_of else self.mesh.group("stage")
+            shard, same = self.mesh.sharding(getattr(self.params[name], "grad_sum_on", DENSE))
+            if name not in self.unit_of:
+                same = Group(same.rank * shard.size + shard.rank, same.size * shard.size)
             if i % same.size == same.rank and (name in self.masters or name not in self.unit_of):
                 mine.append(name)
         return mine
 
-    @property
-    def _is_cut(self):
-        return self.owners is None and self.is_sharded
+    def _is_part(self, name):
+        return (self.owners is None and self.is_sharded) or hasattr(self.params[name], "part")
 
 
 def _flatten(unit: Unit, fill: Callable | None) -> Tensor:
