@@ -203,9 +203,14 @@ class Checkpointer:
         self.running = self.thread.submit(self._save, {"step": step, "data": data, **self.about}, copies, self.mark)
 
     def before_step(self) -> None:
-        """Weights are about to change: on the device this waits for the copy. Raises the error of a save that ended."""
+        """Weights are about to change: on the device this waits for the copy. Raises the error of a save that ended.
+
+        Once the optimizer has state, memory for copies is made: pinning takes seconds, which the first save need not.
+        """
         if self.running and self.running.done():
             self.wait()
+        elif self.cfg.every > 0 and self.opt.optimizer.state and not self.running and not self.host:
+            self.running = self.thread.submit(self._make_room, {n: p.values for n, p in self.opt.pieces().items()})
         self.lane.wait(self.mark)
 
     def wait(self, timeout_s: float | None = None) -> None:
@@ -214,10 +219,15 @@ class Checkpointer:
             running, self.running = self.running, None
             running.result(timeout_s)
 
+    def _make_room(self, tensors: dict[str, Tensor]) -> None:
+        """For their copies in host memory, for a GPU pinned."""
+        for name, t in tensors.items():
+            if name not in self.host:
+                self.host[name] = torch.empty(t.shape, dtype=t.dtype, pin_memory=self.mesh.device.type == "cuda")
+
     def _copy(self, name: str, values: Tensor) -> Tensor:
-        """In host memory, for a GPU pinned, complete after a mark on the lane."""
-        if name not in self.host:
-            self.host[name] = torch.empty(values.shape, dtype=values.dtype, pin_memory=self.mesh.device.type == "cuda")
+        """In host memory, complete after a mark on the lane."""
+        self._make_room({name: values})
         self.host[name].copy_(values, non_blocking=True)
         if values.is_cuda:
             values.record_stream(self.lane.stream)

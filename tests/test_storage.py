@@ -1,5 +1,7 @@
 """Files on disk: the writer against the safetensors library, folders that appear whole, and what is refused."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -15,7 +17,16 @@ from torch.utils._pytree import tree_leaves
 
 from minitrain import storage
 from minitrain.config import UserError
-from minitrain.storage import DTYPES, NewFolder, lock_folder, open_safetensors, read_json, write_json, write_safetensors
+from minitrain.storage import (
+    DTYPES,
+    Later,
+    NewFolder,
+    lock_folder,
+    open_safetensors,
+    read_json,
+    write_json,
+    write_safetensors,
+)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -110,6 +121,52 @@ def test_every_byte_is_in_a_checksum(tmp_path):
         assert sums[name] == hashlib.sha256(content[:size]).hexdigest(), name
         content = content[size:]
     assert not content
+
+
+def odd_tensors():
+    """Borders of tensors and of blocks of 4096 bytes fall together nowhere; some are made when they are written."""
+    sizes = [5000, 3, 0, 70_001, 1, 9999]
+    tensors = {str(i): random_bits(torch.uint8, n) for i, n in enumerate(sizes)}
+    views = {f"every other {i}": t[::2] for i, t in tensors.items()}
+    later = {f"later {i}": Later(t.dtype, t.shape, t.clone) for i, t in tensors.items()}
+    return tensors | views | later
+
+
+def cannot(handle, command, flags):
+    """As a file system that knows no O_DIRECT."""
+    if flags & os.O_DIRECT:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+
+@pytest.mark.parametrize("is_direct", [True, False])
+def test_blocks_that_threads_write_make_one_file(is_direct, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "_BLOCK", 4096)
+    if not is_direct:
+        monkeypatch.setattr(fcntl, "fcntl", cannot)
+    tensors = odd_tensors()
+    sums = write_safetensors(tmp_path / "a", tensors)
+    read = safetensors.torch.load_file(tmp_path / "a")
+    assert read.keys() == tensors.keys()
+    for name, t in tensors.items():
+        t = t.read() if isinstance(t, Later) else t
+        assert torch.equal(read[name], t), name
+        assert sums[name] == hashlib.sha256(bytes(t.tolist())).hexdigest(), name
+
+
+def test_a_block_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "_BLOCK", 8192)
+    pwrite = os.pwrite
+
+    def pwrite_some(handle, content, offset):
+        if offset == 5 * 8192:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return pwrite(handle, content[:4096], offset)  # half of it at a time
+
+    monkeypatch.setattr(os, "pwrite", pwrite_some)
+    write_safetensors(tmp_path / "a", {"x": torch.arange(4000)})
+    assert torch.equal(safetensors.torch.load_file(tmp_path / "a")["x"], torch.arange(4000))
+    with pytest.raises(OSError, match="No space left"):
+        write_safetensors(tmp_path / "a", odd_tensors())
 
 
 def test_writing_holds_one_tensor_in_memory(tmp_path):

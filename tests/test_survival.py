@@ -1,5 +1,6 @@
 """What a run survives: being killed at any instant, asked to stop, a full disk, a second run on its folder."""
 
+import functools
 import itertools
 import logging
 import multiprocessing
@@ -194,6 +195,21 @@ def test_training_goes_on_while_a_checkpoint_of_the_past_is_written(corpus, tmp_
     assert sums[0] == sums[1] and list(sums[0]) == [3, 6]
 
 
+def test_memory_for_the_copies_is_made_beside_the_first_steps(corpus, tmp_path):
+    """All but that of random generators, which is small."""
+    make, by_training = checkpoint_module.Checkpointer._make_room, set()
+
+    def record(self, tensors):
+        if threading.current_thread() is threading.main_thread():
+            by_training.update(tensors.keys() - self.host.keys())
+        make(self, tensors)
+
+    cfg = short_run(corpus, tmp_path / "run", 6, every=4)
+    with mock.patch.object(checkpoint_module.Checkpointer, "_make_room", record):
+        train(cfg)
+    assert by_training == {"rng.0.cpu"}
+
+
 def test_a_save_waits_for_the_one_before(corpus, tmp_path):
     active, write = threading.Lock(), checkpoint_module.write_pieces
 
@@ -243,8 +259,10 @@ def limit_files(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size is None else size, hard))
 
 
-def fill_disk(step, *_):
+def fill_disk(cfg, step, *_):
     if step == 4:
+        while not (Path(cfg.run_dir) / "checkpoints" / "latest").exists():  # that of step 3
+            time.sleep(0.01)
         limit_files(20_000)
 
 
@@ -258,7 +276,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(corpus, tmp_path
     cfg = short_run(corpus, tmp_path / "run", 9, every=3)
     complaint = "step-00000006: saving failed: .*File too large.*; the newest checkpoint is step-00000003"
     with pytest.raises(UserError, match=complaint):
-        train(cfg, on_step=fill_disk)
+        train(cfg, on_step=functools.partial(fill_disk, cfg))
     assert list(checkpoints(cfg)) == [3]
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-00000003", "latest"}
     limit_files(None)
@@ -269,7 +287,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(corpus, tmp_path
 def fill_disk_of_one_rank(cfg):
     """What rank 1 cannot write, no rank calls saved."""
     with pytest.raises(UserError, match=r"step-00000006: saving failed: .*File too large"):
-        train(cfg, on_step=fill_disk if torch.distributed.get_rank() == 1 else None)
+        train(cfg, on_step=functools.partial(fill_disk, cfg) if torch.distributed.get_rank() == 1 else None)
 
 
 def test_what_one_rank_cannot_write_is_no_checkpoint_of_any(corpus, tmp_path):
