@@ -104,11 +104,14 @@ struct Band {
     }
 };
 
-// Rows of a (document, block of 64 queries) in the backward's workspaces: documents begin at multiples of 64 there.
-constexpr int kQueryBlock = 64;
-__device__ inline int padded_begin(const Document& doc, int index) {
-    return (doc.q_begin + index * kQueryBlock) / kQueryBlock * kQueryBlock;
+// Queries of a block in the sm_90a backward. Documents begin at its multiples in the backward's workspaces, so that a
+// block there is of one document. With 64 channels there are registers for twice as many.
+__host__ __device__ constexpr int query_block(int head_dim) { return head_dim == 64 ? 128 : 64; }
+__device__ inline int padded_begin(const Document& doc, int index, int head_dim) {
+    const int block = query_block(head_dim);
+    return (doc.q_begin + index * block) / block * block;
 }
+constexpr int kRowsOfTurn = 64;  // of the workspaces, for which there is a number in `turns`
 
 // First step of a backward: fills args.rows, sets turns and, if asked, dq_sum to 0, for the kernel that follows.
 //   rows[h][r]      lse * log2(e), so that P = exp2(score * log2(e) - it); +inf where P is 0: padding, no visible key

@@ -60,7 +60,7 @@ struct Work {
     Document doc;
     int tile, kv_head;         // tile: index in the document
     int padded;                // row of the document's first query in the workspaces
-    int row_begin, row_end;    // queries that see one of the keys; both multiples of kQueryBlock
+    int row_begin, row_end;    // queries that see one of the keys; both multiples of kRowsOfTurn
     int head_begin, head_end;  // query heads
 };
 
@@ -135,14 +135,14 @@ __global__ void __launch_bounds__(Backward<C, kStages>::kThreads, 8 / Backward<C
             const int num_seeing = item.document < shape.num_documents ? doc.q_len : 0;  // nobody outside of them
             const Band seen_from = {shape.look_ahead, shape.look_back};  // a query's band, as the key sees it
             const Band::Range blocks =
-                seen_from.blocks_seen(first_key + to_row, last_key + to_row, num_seeing, kQueryBlock);
+                seen_from.blocks_seen(first_key + to_row, last_key + to_row, num_seeing, kRowsOfTurn);
             const int group = shape.heads / shape.kv_heads;
             work = {doc,
                     item.tile,
                     item.head,
-                    padded_begin(doc, item.document),
-                    blocks.begin * kQueryBlock,
-                    blocks.end * kQueryBlock,
+                    padded_begin(doc, item.document, C),
+                    blocks.begin * kRowsOfTurn,
+                    blocks.end * kRowsOfTurn,
                     item.head * group,
                     (item.head + 1) * group};
         }
@@ -238,21 +238,21 @@ __global__ void __launch_bounds__(Backward<C, kStages>::kThreads, 8 / Backward<C
                                 Operand<B::kQueries, B::kSumQueries, Role::A_transposed>(base + B::kDS, 0, sum_query),
                                 Operand<C, B::kSumCols, Role::B_transposed>(base, 0, sum_col));
         const int64_t padded = int64_t(head) * padded_rows + work.padded + row;
-        if (args.deterministic && row % kQueryBlock == 0) {
+        if (args.deterministic && row % kRowsOfTurn == 0) {
             if (threadIdx.x == 0) {
                 const int place = row + work.doc.k_len - work.doc.q_len;
-                const int last_place = min(place + kQueryBlock, work.doc.k_len) - 1;
+                const int last_place = min(place + kRowsOfTurn, work.doc.k_len) - 1;
                 const int end = band.blocks_seen(place, last_place, work.doc.k_len, B::kKeys).end;
-                wait_for(args.turns + padded / kQueryBlock, end - 1 - work.tile);
+                wait_for(args.turns + padded / kRowsOfTurn, end - 1 - work.tile);
             }
             __syncthreads();  // it is our turn
         }
         add_accumulators<C>(args.dq_sum + (padded + sum_query) * C + sum_col * 16, dq);
-        if (args.deterministic && (row + B::kQueries) % kQueryBlock == 0) {
+        if (args.deterministic && (row + B::kQueries) % kRowsOfTurn == 0) {
             __syncthreads();  // everybody has added
             if (threadIdx.x == 0) {
                 __threadfence();  // and the next CTA's additions come after it
-                atomicAdd(args.turns + padded / kQueryBlock, 1);
+                atomicAdd(args.turns + padded / kRowsOfTurn, 1);
             }
         }
 
@@ -286,7 +286,8 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(AttentionBackwar
     const Item item = plan.query_items[blockIdx.x];
     const Document doc = plan.documents[item.document];
     const int first = item.tile * kRows, num_rows = min(kRows, doc.q_len - first);
-    const float* sums = args.dq_sum + (int64_t(item.head) * padded_rows + padded_begin(doc, item.document) + first) * C;
+    const float* sums =
+        args.dq_sum + (int64_t(item.head) * padded_rows + padded_begin(doc, item.document, C) + first) * C;
     bf16* dq = static_cast<bf16*>(args.dq) + (int64_t(doc.q_begin + first) * shape.heads + item.head) * C;
 
     const int lane = threadIdx.x % 32;

@@ -21,9 +21,10 @@ namespace {
 
 using namespace sm90;
 
-constexpr int kKeys = 128;             // of a tile, 64 a warpgroup
-constexpr int kQueries = kQueryBlock;  // of a block
-constexpr int kStages = 2;             // blocks of Q and dO in shared memory
+constexpr int kKeys = 128;            // of a tile, 64 a warpgroup
+constexpr int kStages = 2;            // blocks of Q and dO in shared memory
+constexpr int kDqOfWarpgroup = 4096;  // floats of a block: 64 queries x 64 channels
+constexpr int kFinished = 64;         // queries of a CTA of finish_kernel
 constexpr int kThreads = 384;
 constexpr int kDsWritten = 1, kTogether = 2, kDqWritten = 4, kDqRead = 6;  // named barriers; all but the first are two
 
@@ -36,9 +37,10 @@ struct Tile {
 
 template <int C>
 struct alignas(1024) Shared {
+    static constexpr int kQueries = query_block(C);  // of a block
     __nv_bfloat16 k[kKeys * C], v[kKeys * C], q[kStages][kQueries * C], d_out[kStages][kQueries * C],
         ds[kStages][kKeys * kQueries];
-    float dq[2][kQueries * C / 2], lse[kStages][kQueries], delta[kStages][kQueries];
+    float dq[2][kDqOfWarpgroup], lse[kStages][kQueries], delta[kStages][kQueries];
     Tile tile[2];
     Mbarrier tile_full[2], tile_empty[2], kv_full, kv_empty, q_full[kStages], q_empty[kStages], d_out_full[kStages],
         d_out_empty[kStages];
@@ -58,14 +60,16 @@ struct Arguments {
 };
 
 // Where a block of queries lies in the workspaces.
+template <int C>
 __device__ int padded_row(const Tile& tile, int block, int head, const Arguments& args) {
-    return head * args.padded_rows + padded_begin(tile.doc, tile.document) + block * kQueries;
+    return head * args.padded_rows + padded_begin(tile.doc, tile.document, C) + block * query_block(C);
 }
 
 // One thread: tells the CTA which tile is next, one ahead of the work, and loads its keys.
 template <int C>
 __device__ void load_keys(Shared<C>& shared, const Arguments& args, const CUtensorMap* k_map,
                           const CUtensorMap* v_map) {
+    constexpr int kQueries = query_block(C);
     const AttentionShape& shape = args.shape;
     const Plan plan(args.plan, shape, hopper_tiles(C));
     const int num_items = plan.num_key_items();
@@ -119,8 +123,9 @@ __device__ int nth_block(const Tile& tile, int n, const Arguments& args) {
 // One thread: loads blocks of Q with lse, or of dO with D.
 template <int C>
 __device__ void load_queries(Shared<C>& shared, const Arguments& args, const CUtensorMap* map, const float* vector,
-                             __nv_bfloat16 (&block_of)[kStages][kQueries * C], float (&vector_of)[kStages][kQueries],
-                             Mbarrier (&full)[kStages], Mbarrier (&empty)[kStages]) {
+                             __nv_bfloat16 (&block_of)[kStages][query_block(C) * C],
+                             float (&vector_of)[kStages][query_block(C)], Mbarrier (&full)[kStages],
+                             Mbarrier (&empty)[kStages]) {
     Ring<kStages> ring;
     for (Ring<2> tiles;; tiles.next()) {
         shared.tile_full[tiles.stage()].wait(tiles.parity());
@@ -134,9 +139,9 @@ __device__ void load_queries(Shared<C>& shared, const Arguments& args, const CUt
                 const int s = ring.stage();
                 empty[s].wait(ring.parity() ^ 1);
                 full[s].arrive_and_expect(sizeof block_of[s] + sizeof vector_of[s]);
-                load_tile(shared_address(block_of[s]), map, full[s], tile.doc.q_begin + block * kQueries, head,
+                load_tile(shared_address(block_of[s]), map, full[s], tile.doc.q_begin + block * query_block(C), head,
                           evict_first());
-                load_bytes(vector_of[s], vector + padded_row(tile, block, head, args), sizeof vector_of[s], full[s]);
+                load_bytes(vector_of[s], vector + padded_row<C>(tile, block, head, args), sizeof vector_of[s], full[s]);
             }
         }
         shared.tile_empty[tiles.stage()].arrive();
@@ -160,9 +165,9 @@ __device__ void end_turn(int* turn) { asm volatile("red.release.gpu.global.add.s
 // first. NOTE: what follows is an asynchronous copy, for which no proxy fence stands here: both sides' copies were
 // awaited or are issued later, and meet in L2, where the sums are made. A fence in every step would cost more than the
 // wait.
-__device__ bool wait_for_turn(int* turn, int seen, const Tile& tile, int block, const Arguments& args) {
+__device__ bool wait_for_turn(int* turn, int seen, const Tile& tile, int first_query, const Arguments& args) {
     if (args.deterministic) {
-        const int begin = block * kQueries + tile.doc.k_len - tile.doc.q_len - args.shape.look_back;
+        const int begin = first_query + tile.doc.k_len - tile.doc.q_len - args.shape.look_back;
         const int predecessors = tile.first_key / kKeys - max(0, begin) / kKeys;  // among the keys that the block sees
         while (seen != predecessors) seen = read_turn(turn);
         return predecessors == 0;
@@ -185,22 +190,22 @@ __device__ void add_dq(Shared<C>& shared, const Arguments& args) {
         // another CTA, which may wait for that block.
         if (tiles.count > 0) shared.tile_empty[tiles.stage() ^ 1].wait(Ring<2>{tiles.count - 1}.parity());
         int block = nth_block(tile, 0, args), head = 0, seen = 0;
-        int padded = padded_row(tile, block, tile.first_head, args);
+        int padded = padded_row<C>(tile, block, tile.first_head, args);
         for (int left = tile.seeing.size() * tile.num_heads - 1; left >= 0; --left) {
             float* sum = args.dq_sum + int64_t(padded) * C;
-            int* turn = args.turns + padded / kQueries;
-            const bool is_first = lane == 0 && wait_for_turn(turn, seen, tile, block, args);
+            int* turn = args.turns + padded / kRowsOfTurn;
+            const bool is_first = lane == 0 && wait_for_turn(turn, seen, tile, block * query_block(C), args);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 __syncwarp();  // the first lane is back
                 barrier_sync(kDqWritten + half, 160);
                 if (lane == 0)
-                    write_sum(sum + half * kQueries * C / 2, shared.dq[half], sizeof shared.dq[half], is_first,
+                    write_sum(sum + half * kDqOfWarpgroup, shared.dq[half], sizeof shared.dq[half], is_first,
                               evict_last());
             }
             if (++head == tile.num_heads) head = 0, block += next_block(args);
-            padded = padded_row(tile, block, tile.first_head + head, args);
-            if (lane == 0 && left > 0) seen = read_turn(args.turns + padded / kQueries);  // while the engine reads
+            padded = padded_row<C>(tile, block, tile.first_head + head, args);
+            if (lane == 0 && left > 0) seen = read_turn(args.turns + padded / kRowsOfTurn);  // while the engine reads
             if (lane == 0) wait_bulk_read<1>();  // the first half may be overwritten
             __syncwarp();
             barrier_arrive(kDqRead, 160);
@@ -221,6 +226,7 @@ __device__ void add_dq(Shared<C>& shared, const Arguments& args) {
 // One warpgroup's 64 keys of a tile.
 template <int C>
 struct Consumer {
+    static constexpr int kQueries = query_block(C);
     Shared<C>& shared;
     const Arguments& args;
     const int warpgroup, thread, lane;  // 0 or 1, thread in the warpgroup
@@ -262,14 +268,15 @@ struct Consumer {
         wgmma_commit();
     }
 
-    // dQ (64 queries x this warpgroup's half of the channels) = dS K, not awaited.
-    __device__ __forceinline__ void issue_dq(float (&dq)[C / 4]) {
-        const uint64_t a = descriptor(shared_address(shared.ds[ring.stage()]));
-        const uint64_t b = descriptor(shared_address(shared.k) + warpgroup * (C == 128 ? kKeys * 128 : 64));
+    // dQ = dS K, not awaited: of 64 queries this warpgroup's half of the channels, or of 128 its half of the queries.
+    __device__ __forceinline__ void issue_dq(float (&dq)[kDqOfWarpgroup / 128]) {
+        const uint32_t panel = warpgroup * kKeys * 128;  // 64 columns of dS^T or of K
+        const uint64_t a = descriptor(shared_address(shared.ds[ring.stage()]) + (C == 64 ? panel : 0));
+        const uint64_t b = descriptor(shared_address(shared.k) + (C == 128 ? panel : 0));
         wgmma_fence();
 #pragma unroll
         for (int n = 0; n < kKeys / 16; ++n) {
-            Wgmma<C / 2>::template ss<true, true>(dq, further(a, n * 16 * 128), further(b, n * 16 * 128), n != 0);
+            Wgmma<64>::template ss<true, true>(dq, further(a, n * 16 * 128), further(b, n * 16 * 128), n != 0);
         }
         wgmma_commit();
     }
@@ -324,7 +331,7 @@ struct Consumer {
             issue_gradient(dk, ds16, shared.q[stage]);
             fence_async();
             barrier_sync(kDsWritten, 256);  // both halves of dS are there; both warpgroups are done with the one before
-            float dq[C / 4];
+            float dq[kDqOfWarpgroup / 128];
             issue_dq(dq);
             wgmma_wait<2>(dv, p16);
             shared.d_out_empty[stage].arrive_as_warp();
@@ -385,22 +392,23 @@ struct Consumer {
         }
     }
 
-    __device__ __forceinline__ void write_dq(const float (&dq)[C / 4]) {
+    __device__ __forceinline__ void write_dq(const float (&dq)[kDqOfWarpgroup / 128]) {
         barrier_sync(kDqRead + warpgroup, 160);  // the copy engine has read the dQ before
 #pragma unroll
-        for (int j = 0; j < C / 16; ++j) {
+        for (int j = 0; j < kDqOfWarpgroup / 512; ++j) {
             reinterpret_cast<float4*>(shared.dq[warpgroup])[j * 128 + thread] =
                 float4{dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]};
         }
     }
 
-    // dS^T as rows of 64 queries, 128 bytes, in TMA's swizzle: what issue_dq reads.
+    // dS^T as panels of 64 queries, rows of 128 bytes, in TMA's swizzle: what issue_dq reads.
     __device__ __forceinline__ void write_ds(const uint32_t (&ds16)[kQueries / 4]) {
         const int row = warpgroup * 64 + thread / 32 * 16 + lane % 16;
         const uint32_t to = shared_address(shared.ds[ring.stage()]) + row * 128;
 #pragma unroll
         for (int j = 0; j < kQueries / 16; ++j) {
-            store_matrices(to + ((2 * j + lane / 16) ^ (row & 7)) * 16, ds16 + 4 * j);
+            const int panel = j / 4 * kKeys * 128;
+            store_matrices(to + panel + ((2 * (j % 4) + lane / 16) ^ (row & 7)) * 16, ds16 + 4 * j);
         }
     }
 
@@ -515,39 +523,40 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
 }
 
-// dq = scale * its sum, or 0 where there is none; a block of 64 queries of one head by each CTA of 128 threads. Thread
-// t finds in float4 j of half w what thread t of warpgroup w had in registers 4 j ..: rows 16 * (t / 32) + t % 32 / 4
-// (+ 8), two columns of each.
+// dq = scale * its sum, or 0 where there is none; 64 queries of one head by each CTA of 128 threads. Thread t finds in
+// float4 j of panel w, of 64 channels, what thread t of a warpgroup had in registers 4 j ..: rows 16 * (t / 32) +
+// t % 32 / 4 (+ 8), two columns of each.
 template <int C>
 __global__ void __launch_bounds__(128) finish_kernel(AttentionShape shape, int* plan_ints, int padded_rows,
                                                      const float* dq_sum, const int* turns, __nv_bfloat16* dq) {
     const Plan plan(plan_ints, shape, hopper_tiles(C));
-    constexpr int kBlocksOfTile = hopper_tiles(C).queries / kQueries;  // blocks of queries in an item of the plan
-    if (blockIdx.x / kBlocksOfTile >= plan.num_query_items()) return;
-    const Item item = plan.query_items[blockIdx.x / kBlocksOfTile];
+    constexpr int kCtas = hopper_tiles(C).queries / kFinished;  // for an item of the plan
+    if (blockIdx.x / kCtas >= plan.num_query_items()) return;
+    const Item item = plan.query_items[blockIdx.x / kCtas];
     const Document doc = plan.documents[item.document];
-    const int block = item.tile * kBlocksOfTile + blockIdx.x % kBlocksOfTile, head = item.head, t = threadIdx.x;
-    if (block * kQueries >= doc.q_len) return;
-    const int64_t padded = int64_t(head) * padded_rows + padded_begin(doc, item.document) + block * kQueries;
-    const float4* sum = reinterpret_cast<const float4*>(dq_sum + padded * C) + t;
-    const bool is_written = turns[padded / kQueries] > 0;  // else no key is seen
+    const int first = (item.tile * kCtas + blockIdx.x % kCtas) * kFinished, head = item.head, t = threadIdx.x;
+    if (first >= doc.q_len) return;
+    const int64_t begin = int64_t(head) * padded_rows + padded_begin(doc, item.document, C);
+    const float4* sum = reinterpret_cast<const float4*>(dq_sum + (begin + first) * C) + t;
+    const int of_block = first / query_block(C) * query_block(C);
+    const bool is_written = turns[(begin + of_block) / kRowsOfTurn] > 0;  // else no key is seen
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int panel = 0; panel < C / 64; ++panel) {
 #pragma unroll
-        for (int j = 0; j < C / 16; j += 4) {
+        for (int j = 0; j < 8; j += 4) {
             uint32_t pairs[2][4];
 #pragma unroll
             for (int g = 0; g < 4; ++g) {
-                const float4 x = is_written ? sum[half * kQueries * C / 8 + (j + g) * 128] : float4{};
+                const float4 x = is_written ? sum[panel * kDqOfWarpgroup / 4 + (j + g) * 128] : float4{};
                 pairs[0][g] = pack(x.x * shape.scale, x.y * shape.scale);
                 pairs[1][g] = pack(x.z * shape.scale, x.w * shape.scale);
             }
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 const uint4 columns = gather_group(pairs[r][0], pairs[r][1], pairs[r][2], pairs[r][3]);
-                const int row = block * kQueries + t / 32 * 16 + t % 32 / 4 + 8 * r;
+                const int row = first + t / 32 * 16 + t % 32 / 4 + 8 * r;
                 uint4* to = reinterpret_cast<uint4*>(dq + (int64_t(doc.q_begin + row) * shape.heads + head) * C);
-                if (row < doc.q_len) to[half * C / 16 + j + t % 4] = columns;
+                if (row < doc.q_len) to[panel * 8 + j + t % 4] = columns;
             }
         }
     }
@@ -575,10 +584,10 @@ void launch(const AttentionBackward& args, int device, cudaStream_t stream) {
     check(cudaFuncSetAttribute(backward_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
           "cudaFuncSetAttribute");
     backward_kernel<C><<<num_processors(device), kThreads, kBytes, stream>>>(
-        tensor_map(args.q, s->num_queries, s->heads, C, kQueries),
+        tensor_map(args.q, s->num_queries, s->heads, C, query_block(C)),
         tensor_map(args.k, s->num_keys, s->kv_heads, C, kKeys), tensor_map(args.v, s->num_keys, s->kv_heads, C, kKeys),
-        tensor_map(args.d_out, s->num_queries, s->heads, C, kQueries), arguments);
-    const int grid = Plan::max_query_items(shape, hopper_tiles(C)) * hopper_tiles(C).queries / kQueries;
+        tensor_map(args.d_out, s->num_queries, s->heads, C, query_block(C)), arguments);
+    const int grid = Plan::max_query_items(shape, hopper_tiles(C)) * hopper_tiles(C).queries / kFinished;
     finish_kernel<C><<<grid, 128, 0, stream>>>(shape, plan, padded_rows, args.dq_sum, args.turns,
                                                static_cast<__nv_bfloat16*>(args.dq));
     check(cudaGetLastError(), "attention_backward_sm90",

@@ -331,7 +331,7 @@ void attention_forward_sm90(const AttentionForward& args, int device, cudaStream
             return launch<64, 128>(args, device, stream);
         case 128:
             // A larger block, with fewer turns for the same work, where it does not make a mask's edge wider.
-            return args.shape.look_ahead > 0 ? launch<128, 176>(args, device, stream)
+            return args.shape.look_ahead > 0 ? launch<128, 192>(args, device, stream)
                                              : launch<128, 128>(args, device, stream);
         default:
             throw std::invalid_argument("head_dim=" + std::to_string(args.shape.head_dim) + " is not in 64, 128");

@@ -200,8 +200,8 @@ AttentionTiles attention_tiles(int head_dim, bool hopper) {
 int attention_parts(const AttentionShape& shape, AttentionTiles tile) { return Plan::parts(shape, tile); }
 
 int64_t attention_padded_rows(const AttentionShape& shape) {
-    return (int64_t(shape.num_queries) + kQueryBlock - 1) / kQueryBlock * kQueryBlock +
-           (shape.num_documents + 1) * int64_t(kQueryBlock);
+    const int64_t block = query_block(shape.head_dim);
+    return (shape.num_queries + block - 1) / block * block + (shape.num_documents + 1) * block;
 }
 
 }  // namespace minitrain

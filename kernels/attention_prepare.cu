@@ -36,15 +36,16 @@ __global__ void __launch_bounds__(kThreads)
     const Document doc = plan.documents[item.document];
     const int head = item.head, C = shape.head_dim;
     const int begin = item.tile * tile.queries;  // row in the document
-    const int padded_len = (doc.q_len + kQueryBlock - 1) / kQueryBlock * kQueryBlock;
-    const int rows = min(tile.queries, padded_len - begin);
-    const int64_t padded = head * R + padded_begin(doc, item.document) + begin;
+    const int block = query_block(C), padded_len = (doc.q_len + block - 1) / block * block;
+    const bool is_last = begin + tile.queries >= doc.q_len;
+    const int rows = is_last ? padded_len - begin : tile.queries;
+    const int64_t padded = head * R + padded_begin(doc, item.document, C) + begin;
 
     if (clear_dq_sum) {
         float4* sums = reinterpret_cast<float4*>(args.dq_sum + padded * C);
         for (int i = threadIdx.x; i < rows * C / 4; i += kThreads) sums[i] = float4{0.0f, 0.0f, 0.0f, 0.0f};
     }
-    if (threadIdx.x < rows / kQueryBlock) args.turns[padded / kQueryBlock + threadIdx.x] = 0;
+    if (threadIdx.x < rows / kRowsOfTurn) args.turns[padded / kRowsOfTurn + threadIdx.x] = 0;
 
     const int lane = threadIdx.x % kLanes;
     for (int i = threadIdx.x / kLanes; i < rows; i += kThreads / kLanes) {

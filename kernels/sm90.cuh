@@ -228,7 +228,7 @@ struct Wgmma;
 #define MINITRAIN_D16(i) MINITRAIN_D8(i), MINITRAIN_D8(i + 8)
 #define MINITRAIN_D32(i) MINITRAIN_D16(i), MINITRAIN_D16(i + 16)
 #define MINITRAIN_D64(i) MINITRAIN_D32(i), MINITRAIN_D32(i + 32)
-#define MINITRAIN_D88(i) MINITRAIN_D64(i), MINITRAIN_D16(i + 64), MINITRAIN_D8(i + 80)
+#define MINITRAIN_D96(i) MINITRAIN_D64(i), MINITRAIN_D32(i + 64)
 
 // REGISTERS: the numbers of the N / 2 operands D; I0 .. I6: those of the inputs, which follow them.
 #define MINITRAIN_WGMMA(N, REGISTERS, D, I0, I1, I2, I3, I4, I5, I6)                                             \
@@ -255,8 +255,6 @@ struct Wgmma;
         }                                                                                                        \
     }
 
-MINITRAIN_WGMMA(32, MINITRAIN_R0_9 ",%10,%11,%12,%13,%14,%15", MINITRAIN_D16(0),  //
-                "%16", "%17", "%18", "%19", "%20", "%21", "%22");
 MINITRAIN_WGMMA(64, MINITRAIN_R0_9 "," MINITRAIN_R(1) "," MINITRAIN_R(2) ",%30,%31", MINITRAIN_D32(0),  //
                 "%32", "%33", "%34", "%35", "%36", "%37", "%38");
 MINITRAIN_WGMMA(128,
@@ -264,11 +262,12 @@ MINITRAIN_WGMMA(128,
                 "," MINITRAIN_R(5) ",%60,%61,%62,%63",
                 MINITRAIN_D64(0),  //
                 "%64", "%65", "%66", "%67", "%68", "%69", "%70");
-MINITRAIN_WGMMA(176,
+MINITRAIN_WGMMA(192,
                 MINITRAIN_R0_9 "," MINITRAIN_R(1) "," MINITRAIN_R(2) "," MINITRAIN_R(3) "," MINITRAIN_R(4)  //
-                "," MINITRAIN_R(5) "," MINITRAIN_R(6) "," MINITRAIN_R(7) ",%80,%81,%82,%83,%84,%85,%86,%87",
-                MINITRAIN_D88(0),  //
-                "%88", "%89", "%90", "%91", "%92", "%93", "%94");
+                "," MINITRAIN_R(5) "," MINITRAIN_R(6) "," MINITRAIN_R(7) "," MINITRAIN_R(8)                 //
+                ",%90,%91,%92,%93,%94,%95",
+                MINITRAIN_D96(0),  //
+                "%96", "%97", "%98", "%99", "%100", "%101", "%102");
 
 // ---- accumulators to bf16
 

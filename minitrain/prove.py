@@ -69,10 +69,13 @@ def follow(
 
 
 def plain_adamw(params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Not torch's fused one, which has no float64; with the rule that only matrices decay."""
+    """Not torch's fused one, which has no float64; with the rule that only matrices decay.
+
+    A large eps: a gradient that is all rounding then makes a small step, not one of the full size in any direction.
+    """
     matrices, vectors = [p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], eps=1e-6)
+    return torch.optim.AdamW([group for group in groups if group["params"]], eps=1e-4)
 
 
 def _gradients(opt: MasterOptimizer) -> dict[str, Piece]:

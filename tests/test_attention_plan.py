@@ -51,8 +51,15 @@ void keys_of(int back, int ahead, int place, int keys, int* out) {
     const auto range = Band{back, ahead}.keys(place, keys);
     out[0] = range.begin, out[1] = range.begin + range.size();
 }
-int64_t padded_rows(int T, int N) { return attention_padded_rows(shape_of(T, 0, N)); }
-int padded_begin_of(int q_begin, int index) { return padded_begin(Document{q_begin, 0, 0, 0}, index); }
+int64_t padded_rows(int T, int N, int head_dim) {
+    AttentionShape shape = shape_of(T, 0, N);
+    shape.head_dim = head_dim;
+    return attention_padded_rows(shape);
+}
+int block_of(int head_dim) { return query_block(head_dim); }
+int padded_begin_of(int q_begin, int index, int head_dim) {
+    return padded_begin(Document{q_begin, 0, 0, 0}, index, head_dim);
+}
 }
 """
 
@@ -138,7 +145,7 @@ def assert_plan_is_right(plan, cu_q, cu_k, T, S, tiles, processors=132):
 
 PLANS = {  # lengths of queries, of keys (None: the same), rows unused
     "one document": ([1000], None, 0),
-    "around tiles": ([0, 1, 63, 64, 65, 127, 128, 129, 175, 176, 177, 0], None, 0),
+    "around tiles": ([0, 1, 63, 64, 65, 127, 128, 129, 175, 176, 177, 191, 192, 193, 0], None, 0),
     "more and fewer keys": ([1, 300, 0, 129, 200], [300, 1, 7, 0, 256], 0),
     "rows unused": ([100, 0, 200], None, 500),
     "all empty": ([0, 0, 0], None, 70),
@@ -161,7 +168,7 @@ def plan_inputs(lengths, keys, unused):
 @plans
 def test_the_plan_lists_every_tile_once_in_waves(host, lengths, keys, unused, group):
     cu_q, cu_k, T, S = plan_inputs(lengths, keys, unused)
-    tiles = (64, 176, group)
+    tiles = (64, 192, group)
     plan = plan_on_the_host(host, cu_q, cu_k, T, S, tiles)
     assert_plan_is_right(plan, cu_q, cu_k, T, S, tiles)
     offsets, N = ints([0] * 3), len(lengths)
@@ -175,7 +182,7 @@ def test_the_plan_lists_every_tile_once_in_waves(host, lengths, keys, unused, gr
 def test_the_plan_of_the_gpu_lists_every_tile_once_in_waves(lengths, keys, unused):
     kernels = pytest.importorskip("minitrain.kernels", reason="the CUDA extension is not built")
     cu_q, cu_k, T, S = plan_inputs(lengths, keys, unused)
-    for tiles in [(128, 128, 1), (64, 176, 2)]:
+    for tiles in [(128, 128, 1), (64, 192, 2)]:
         on_device = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in (cu_q, cu_k))
         shape = kernels.AttentionShape(
             num_queries=T, num_keys=S, num_documents=len(lengths), heads=HEADS[0], kv_heads=HEADS[1], head_dim=64,
@@ -227,7 +234,7 @@ def assert_blocks_are_right(host, band, seen, tile, block):
     assert (covered[seen] == 1).all() and (covered <= 1).all()
 
 
-@pytest.mark.parametrize("tile, block", [(64, 64), (64, 128), (128, 64), (128, 128), (128, 176), (192, 80), (128, 112)])
+@pytest.mark.parametrize("tile, block", [(64, 64), (64, 128), (128, 64), (128, 128), (128, 192), (192, 80), (128, 112)])
 def test_tiles_and_blocks_cover_what_is_seen_once_and_nothing_else(host, tile, block):
     """Forward: tiles of queries, blocks of keys. Backward: tiles of keys, blocks of queries, the band turned round."""
     square = [(n, n) for n in (1, 63, 64, 65, 128, 129, 177, 500)]
@@ -245,15 +252,16 @@ def test_tiles_and_blocks_cover_what_is_seen_once_and_nothing_else(host, tile, b
                 assert list(range(*out)) == seen[i].nonzero().flatten().tolist()
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
 @plans
-def test_rows_of_the_workspaces_belong_to_one_document(host, lengths, keys, unused):
+def test_rows_of_the_workspaces_belong_to_one_document(host, lengths, keys, unused, head_dim):
     cu, _, T, _ = plan_inputs(lengths, keys, unused)
-    end = 0
+    block, end = host.block_of(head_dim), 0
     for i, (begin, after) in enumerate(zip(cu, [*cu[1:], T], strict=True)):
-        first = host.padded_begin_of(begin, i)
-        assert first % 64 == 0 and first >= end
-        end = first + (after - begin + 63) // 64 * 64
-    assert end <= host.padded_rows(T, len(lengths))
+        first = host.padded_begin_of(begin, i, head_dim)
+        assert first % block == 0 and first >= end
+        end = first + (after - begin + block - 1) // block * block
+    assert end <= host.padded_rows(T, len(lengths), head_dim)
 
 
 # ---- which thread holds what: the layouts that the kernels rely on, from the PTX manual
@@ -267,7 +275,7 @@ def accumulator(thread, register):
 
 
 def test_accumulators_hold_each_element_once_and_are_the_next_products_operand():
-    for N in (64, 128, 176):
+    for N in (64, 128, 192):
         held = {accumulator(t, r) for t in range(128) for r in range(N // 2)}
         assert held == {(row, col) for row in range(64) for col in range(N)}
     for t in range(128):
@@ -278,15 +286,16 @@ def test_accumulators_hold_each_element_once_and_are_the_next_products_operand()
 
 
 def test_the_fragment_order_of_dq_holds_each_element_once():
-    """float4 j of thread t of half w lies at (w * C / 16 + j) * 128 + t: what one thread writes as it holds it."""
+    """float4 j of thread t of warpgroup w lies at (w * 8 + j) * 128 + t: what one thread writes as it holds it. Of 128
+    channels a warpgroup has half for 64 queries, of 64 all for half of 128 queries."""
     for C in (64, 128):
         places = {}
         for w in range(2):
-            for j in range(C // 16):
+            for j in range(8):
                 for t in range(128):
                     for e in range(4):
-                        row, col = 16 * (t // 32) + t % 32 // 4 + e // 2 * 8, C // 2 * w + 8 * j + 2 * (t % 4) + e % 2
-                        assert (row, col - C // 2 * w) == accumulator(t, 4 * j + e)
-                        places[row, col] = 4 * ((w * C // 16 + j) * 128 + t) + e
-        assert sorted(places) == [(row, col) for row in range(64) for col in range(C)]
-        assert sorted(places.values()) == list(range(64 * C))
+                        row, col = accumulator(t, 4 * j + e)
+                        place = (row, 64 * w + col) if C == 128 else (64 * w + row, col)
+                        places[place] = 4 * ((w * 8 + j) * 128 + t) + e
+        assert sorted(places) == [(row, col) for row in range(8192 // C) for col in range(C)]
+        assert sorted(places.values()) == list(range(8192))
