@@ -8,6 +8,7 @@
     format, step    2; how many steps are done
     config          the run's settings        dtype      of the model's parameters
     data            the place in the data     optimizer  the name of its class        versions
+    best            {"step", "loss"} of the checkpoint of the lowest validation loss up to this one, or null
     files           {file: {"bytes": its size, "header_bytes", "header_sha256"}}
     tensors         {name: {"dtype", "shape", "pieces": [{"file", "first", "end", "sha256"}, ...]}}
     sha256          the seal: of all bytes of manifest.json that stand before it
@@ -20,6 +21,7 @@ the optimizer steps, fp32), "optimizer.NAME.KEY" (its state for it) and "rng.RAN
 import hashlib
 import json
 import math
+import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -118,12 +120,11 @@ class Saved:
             header = stream.read(about["header_bytes"])
             if hashlib.sha256(header).hexdigest() != about["header_sha256"]:
                 raise Damaged(f"{path}: damaged: its header, which tells where {some} are")
-            entries = {name: entry for name, entry in json.loads(header[8:]).items() if name != "__metadata__"}
-            for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-                begin, end = entry["data_offsets"]
-                if (entry["dtype"], entry["shape"], _sha256_of_next(stream, end - begin)) != expected.get(name):
+            entries = _entries(path, header)
+            for begin, end, name, dtype, shape in entries:
+                if (dtype, shape, _sha256_of_next(stream, end - begin)) != expected.get(name):
                     raise Damaged(f"{path}: damaged: {name} is not what was written")
-            if entries.keys() != expected.keys() or stream.read(1):
+            if len(entries) != len(expected) or stream.read(1):
                 raise Damaged(f"{path}: damaged: holds more or less than the manifest says")
         open_safetensors(path)
 
@@ -143,6 +144,19 @@ class Saved:
         if file not in self.readers:
             self.readers[file] = open_safetensors(self.folder / file)
         return self.readers[file]
+
+
+def _entries(path: Path, header: bytes) -> list[tuple]:
+    """-> begin, end, name, dtype and shape of what a file's header names, in the order of its bytes."""
+    entries = []
+    try:
+        for name, entry in json.loads(header[8:]).items():
+            if name != "__metadata__":
+                begin, end = map(operator.index, entry["data_offsets"])
+                entries.append((begin, end, name, entry["dtype"], entry["shape"]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Damaged(f"{path}: damaged: its header is none of safetensors: {error!r}") from None
+    return sorted(entries, key=lambda entry: entry[:3])
 
 
 def _sha256_of_next(stream, size: int) -> str:
@@ -179,11 +193,16 @@ def _check(manifest: dict) -> None:
             raise ValueError(f"{key} is {manifest[key]!r}")
     if not isinstance(manifest["data"], dict | None):
         raise ValueError(f"data is {manifest['data']!r}")
+    best = manifest.get("best") or {"step": 0, "loss": 0.0}
+    if not (type(best["step"]) is int and 0 <= best["step"] <= manifest["step"] and type(best["loss"]) is float):
+        raise ValueError(f"best is {best!r}")
     for file, about in manifest["files"].items():
         if not re.fullmatch(r"rank-\d{5,}\.safetensors", file):
             raise ValueError(f"{file!r} is no name of a file of it")
         if type(about["header_bytes"]) is not int or not 8 <= about["header_bytes"] <= 8 + MAX_HEADER_BYTES:
             raise ValueError(f"{file} has a header of {about['header_bytes']!r} bytes")
+        if type(about["bytes"]) is not int or type(about["header_sha256"]) is not str:
+            raise ValueError(f"{file} is {about!r}")
     for name, tensor in manifest["tensors"].items():
         if tensor["dtype"] not in DTYPES or not all(type(n) is int and 0 <= n < 1 << 62 for n in tensor["shape"]):
             raise ValueError(f"{name} is {tensor['dtype']!r} of shape {tensor['shape']!r}")
@@ -191,6 +210,8 @@ def _check(manifest: dict) -> None:
         for piece in tensor["pieces"]:
             if piece["file"] not in manifest["files"]:
                 raise ValueError(f"{name} has a piece in {piece['file']!r}, which is none of its files")
+            if type(piece["sha256"]) is not str:
+                raise ValueError(f"{name} has the sha256 {piece['sha256']!r}")
             if not type(piece["first"]) is type(piece["end"]) is int or not piece["first"] == end <= piece["end"]:
                 raise ValueError(f"pieces of {name} overlap or leave a hole at element {end}")
             end = piece["end"]
