@@ -42,8 +42,8 @@ def main() -> None:
         raise
     except KeyboardInterrupt:
         fail("\nstopped; the same command goes on from the newest checkpoint, if there is one", 130)
-    except Exception:
-        fail(traceback.format_exc(), 1)
+    except Exception as error:
+        fail(f"error: {text}" if (text := mesh.lost(error)) else traceback.format_exc(), 1)
     mesh.leave()
 
 

@@ -3,6 +3,7 @@
     run_dir/checkpoints/
         step-00001000/    a checkpoint (pieces.py has the format)
         latest            a link to the newest, for people; a run looks for the newest itself
+        best              a link to the one of the lowest validation loss (checkpoint.keep_best)
         step-N.tmp .old   being written, being deleted: cleared away by the next run
         step-N.damaged    set aside with checkpoint.fallback
 
@@ -11,6 +12,7 @@ A save:  copy to host memory | each rank writes its file | rank 0: manifest, ren
 Between the parts of a save ranks tell each other how it went: what one of them raises, all raise.
 """
 
+import contextlib
 import functools
 import logging
 import os
@@ -66,6 +68,7 @@ class Checkpointer:
         self.host: dict[str, Tensor] = {}  # that copy, which the next save overwrites
         self.thread = ThreadPoolExecutor(1)
         self.running: Future | None = None
+        self.best: dict | None = None  # of rank 0: "step" and "loss" of the one of the lowest validation loss
 
     # ---- the run's folder
 
@@ -93,6 +96,9 @@ class Checkpointer:
             self.thread.shutdown(wait=not failed)
             if self.lock is not None:
                 os.close(self.lock)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08}"
 
     def find(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
@@ -162,15 +168,20 @@ class Checkpointer:
 
     def _load(self, saved: Saved) -> int:
         manifest = saved.manifest
+        best = manifest.get("best")
+        self.best = best if best and self._path(best["step"]).exists() else None
         if manifest["data"] is not None:
             self.data.load_state(manifest["data"])
         else:
             for _ in range(manifest["step"]):
                 next(self.data)
-        self.opt.load(saved.tensors, saved.read)
         for name, (_, set_state) in self._generators().items():
             if name in saved.tensors:  # a rank that was not there keeps what it has
-                set_state(saved.read(name))
+                try:
+                    set_state(saved.read(name))
+                except (RuntimeError, TypeError) as error:
+                    raise Damaged(f"{saved.folder}: {name} is no state of a generator: {error}") from None
+        self.opt.load(saved.tensors, saved.read)
         log.info("resumed from %s", saved.folder)
         return manifest["step"]
 
@@ -189,9 +200,12 @@ class Checkpointer:
         """After `step` of `steps` steps; is_last: no more of them will be taken now."""
         return self.cfg.every > 0 and (step % self.cfg.every == 0 or step == steps or is_last)
 
-    def save(self, step: int) -> None:
-        """Begin to save the state after `step` steps. Waits for the save before it, and raises its error."""
-        self.wait()
+    def save(self, step: int, validation_loss: float | None = None) -> None:
+        """Begin to save the state after `step` steps; with a validation loss it can be the best so far.
+
+        Waits for the save before it, and raises its error unless checkpoint.on_failure is go_on.
+        """
+        self._settle()
         pieces = self.opt.pieces()
         for name, (get_state, _) in self._generators().items():
             state = get_state()
@@ -200,18 +214,30 @@ class Checkpointer:
             copies = {name: replace(p, values=self._copy(name, p.values)) for name, p in pieces.items()}
         self.mark = self.lane.mark()
         data = self.data.state() if hasattr(self.data, "load_state") else None
-        self.running = self.thread.submit(self._save, {"step": step, "data": data, **self.about}, copies, self.mark)
+        about = {"step": step, "data": data, **self.about}
+        loss = validation_loss if self.cfg.keep_best else None
+        self.running = self.thread.submit(self._save, about, loss, copies, self.mark)
 
     def before_step(self) -> None:
-        """Weights are about to change: on the device this waits for the copy. Raises the error of a save that ended.
+        """Weights are about to change: on the device this waits for the copy. Raises the error of a save that ended,
+        unless checkpoint.on_failure is go_on.
 
         Once the optimizer has state, memory for copies is made: pinning takes seconds, which the first save need not.
         """
         if self.running and self.running.done():
-            self.wait()
+            self._settle()
         elif self.cfg.every > 0 and self.opt.optimizer.state and not self.running and not self.host:
             self.running = self.thread.submit(self._make_room, {n: p.values for n, p in self.opt.pieces().items()})
         self.lane.wait(self.mark)
+
+    def _settle(self) -> None:
+        """wait(), for a save that is not the last."""
+        try:
+            self.wait()
+        except UserError as error:  # on all ranks, or on none
+            if self.cfg.on_failure == "stop":
+                raise
+            log.warning("%s; training goes on", error)
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Until the save that runs has ended. Raises its error."""
@@ -233,41 +259,63 @@ class Checkpointer:
             values.record_stream(self.lane.stream)
         return self.host[name]
 
-    def _save(self, about: dict, pieces: dict[str, Piece], mark: torch.cuda.Event | None) -> None:
+    def _save(self, about: dict, loss: float | None, pieces: dict[str, Piece], mark: torch.cuda.Event | None) -> None:
         """In the thread."""
         if mark is not None:
             mark.synchronize()
-        path = self.folder / f"step-{about['step']:08}"
+        path = self._path(about["step"])
         tmp = path.with_name(path.name + ".tmp")
         try:
             parts = self._together(functools.partial(self._write, tmp, pieces))
-            self._together(functools.partial(self._publish, tmp, path, about, parts), only_first=True)
+            self._together(functools.partial(self._publish, tmp, path, about, loss, parts), only_first=True)
         except OSError as error:
-            if self.mesh.rank == 0:
-                shutil.rmtree(tmp, ignore_errors=True)
+            needed = sum(self._together(functools.partial(self._discard, tmp, pieces)))
+            free = shutil.disk_usage(self.run_dir).free
             newest = self.find()[-1].name if self.find() else "none"
-            raise UserError(f"{path}: saving failed: {error}; the newest checkpoint is {newest}") from None
+            raise UserError(
+                f"{path}: saving failed: {error}; it takes {needed:,} bytes and {free:,} are free; "
+                f"the newest checkpoint is {newest}"
+            ) from None
 
     def _write(self, tmp: Path, pieces: dict[str, Piece]) -> dict:
         tmp.mkdir(parents=True, exist_ok=True)
-        return write_pieces(tmp / f"rank-{self.mesh.rank:05}.safetensors", pieces)
+        path = tmp / f"rank-{self.mesh.rank:05}.safetensors"
+        with _named(path):
+            return write_pieces(path, pieces)
 
-    def _publish(self, tmp: Path, path: Path, about: dict, parts: list[dict]) -> None:
-        write_manifest(tmp, about, parts)
+    def _discard(self, tmp: Path, pieces: dict[str, Piece]) -> int:
+        """-> bytes of this rank."""
+        if self.mesh.rank == 0:
+            shutil.rmtree(tmp, ignore_errors=True)
+        return sum(piece.values.nbytes for piece in pieces.values())
+
+    def _publish(self, tmp: Path, path: Path, about: dict, loss: float | None, parts: list[dict]) -> None:
+        best = self.best
+        if loss is not None and (best is None or loss < best["loss"]):
+            best = {"step": about["step"], "loss": loss}
+        with _named(tmp / "manifest.json"):
+            write_manifest(tmp, {**about, "best": best}, parts)
         sync_folder(tmp)
         tmp.rename(path)
         sync_folder(self.folder)
-        link = self.folder / "latest.new"
-        link.unlink(missing_ok=True)
-        link.symlink_to(path.name)
-        link.replace(self.folder / "latest")
+        self.best = best
+        self._link("latest", path)
+        if best:
+            self._link("best", self._path(best["step"]))
         sync_folder(self.folder)
         log.info("saved %s", path)
         for old in self.find()[: -self.cfg.keep]:
-            if not (self.cfg.keep_every and int(old.name[5:]) % self.cfg.keep_every == 0):
+            step = int(old.name[5:])
+            if not (self.cfg.keep_every and step % self.cfg.keep_every == 0) and not (best and step == best["step"]):
                 gone = old.with_name(old.name + ".old")
                 old.rename(gone)  # what is half deleted does not look whole
                 shutil.rmtree(gone)
+
+    def _link(self, name: str, to: Path) -> None:
+        link = self.folder / f"{name}.new"
+        link.unlink(missing_ok=True)
+        link.symlink_to(to.name)
+        link.replace(self.folder / name)
 
     def _together(self, do: Callable, only_first: bool = False) -> list:
         """do() on all ranks, or on rank 0 only. -> of each rank what it returned. What one raises, all raise."""
@@ -285,3 +333,12 @@ class Checkpointer:
             if error is not None:
                 raise error
         return [result for result, _ in outcomes]
+
+
+@contextlib.contextmanager
+def _named(path: Path):
+    """An error of the disk inside says which file it is about: that of a write does not by itself."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, error.filename or str(path)) from None

@@ -192,6 +192,10 @@ class CheckpointConfig:
     """Newest checkpoints that are kept."""
     keep_every: int = 0
     """Those after a multiple of so many steps are kept, too; 0: none of them."""
+    keep_best: bool = False
+    """The one of the lowest validation loss so far, over the tokens of all sources, is kept, too: the link best."""
+    on_failure: Literal["stop", "go_on"] = "stop"
+    """When a save fails, as on a full disk: end the run, or say so and go on; the last save has to succeed."""
     resume: bool = True
     """Go on from the newest checkpoint in run_dir; False: refuse a run_dir that has one."""
     fallback: bool = False
@@ -225,6 +229,12 @@ class Config:
         if self.data.tokens_per_row % self.parallel.cp:
             raise UserError(
                 f"data.tokens_per_row={self.data.tokens_per_row} is not divisible by parallel.cp={self.parallel.cp}"
+            )
+        every, validate_every = self.checkpoint.every, self.train.validate_every
+        if self.checkpoint.keep_best and not (every and validate_every and every % validate_every == 0):
+            raise UserError(
+                "checkpoint.keep_best: every checkpoint has to be validated, "
+                f"and checkpoint.every={every} is no multiple of train.validate_every={validate_every}"
             )
         if self.data.max_seqlen > self.model.max_position_embeddings:
             raise UserError(

@@ -90,8 +90,11 @@ class PackedData:
                 "data: the checkpoint is of a version without mixtures, which had another order of documents"
             )
         now = self.state() | {name: state.get(name) for name in ("step", "place")}
-        if changed := [f"{name} was {state.get(name)}, is {now[name]}" for name in now if state.get(name) != now[name]]:
-            raise UserError(f"data: not the corpus and order that this run began with: {', '.join(changed)}")
+        if changed := [name for name in now if state.get(name) != now[name]]:
+            texts = ", ".join(f"{name} was {state.get(name)!r}, is {now[name]!r}" for name in changed)
+            raise UserError(f"data: not the corpus and order that this run began with: {texts}")
+        if type(state.get("step")) is not int or not self.stream.has(state["place"]):
+            raise UserError("data: what the checkpoint holds is no place in the data")
         if self.ahead:
             self.ahead.result()  # the thread and this object share the stream
         self.step, self.place, self.ahead = state["step"], state["place"], None
@@ -215,6 +218,21 @@ class Stream:
 
     def state(self) -> dict:
         return {"pieces": self.drawn.copy(), "tokens": self.tokens.copy(), "waiting": list(map(list, self.waiting))}
+
+    def has(self, state) -> bool:
+        """Whether a value of JSON is a state of this stream."""
+        try:
+            counts, waiting = [*state["pieces"], *state["tokens"]], [Part(*part) for part in state["waiting"]]
+            ends = [len(self.pieces[p.source].shards[p.shard].tokens) for p in waiting]
+        except (KeyError, IndexError, TypeError):
+            return False
+        numbers = counts + [number for *part, _ in waiting for number in part]
+        return (
+            len(state["pieces"]) == len(state["tokens"]) == len(self.weights)
+            and all(type(number) is int and 0 <= number < 1 << 62 for number in numbers)
+            and all(type(p.is_last) is bool and 0 < p.length <= self.cfg.max_seqlen for p in waiting)
+            and all(p.start + p.length <= end for p, end in zip(waiting, ends, strict=True))
+        )
 
     def load_state(self, state: dict) -> None:
         self.drawn, self.tokens = list(state["pieces"]), list(state["tokens"])  # taken from each source so far

@@ -9,16 +9,15 @@ Device values are kept on the device until a line on the console is due, so that
 """
 
 import contextlib
+import errno
 import json
 import logging
 import math
-import os
 import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +109,8 @@ class Log:
     """
 
     def __init__(self, run_dir: Path, cfg: TrainConfig, model: nn.Module, mesh: Mesh, first: int):
-        self.path, self.first = run_dir / "metrics.jsonl", first
+        self.run_dir, self.first = run_dir, first
+        self.unwritten = {"metrics.jsonl": b"", "validation.jsonl": b""}  # what a full disk refused
         self.cfg, self.model, self.device = cfg, model, mesh.device
         self.writes, self.ranks = mesh.rank == 0, mesh.dp_size
         self.ranks_of_a_row = mesh.ranks_of_a_row
@@ -125,7 +125,10 @@ class Log:
                  active / 1e6, name)  # fmt: skip
 
     def __enter__(self) -> "Log":
-        self.file = _open_lines(self.path, self.first) if self.writes else open(os.devnull, "w")
+        if self.writes:
+            (self.run_dir / "metrics.jsonl").touch()
+            for name in self.unwritten:
+                _cut_lines(self.run_dir / name, self.first)
         quiet = None if self.writes else True  # None: where there is no terminal
         self.bar = tqdm(total=self.cfg.steps, initial=self.first, unit="step", disable=quiet, dynamic_ncols=True)
         self._start_window()
@@ -134,8 +137,9 @@ class Log:
     def __exit__(self, failed, *_):
         if failed is KeyboardInterrupt:
             self.flush()
+        for name in [name for name, rest in self.unwritten.items() if rest]:
+            self._append(name, [])
         self.bar.close()
-        self.file.close()
 
     def wait_for(self, data: Iterator[list[Batch]]) -> list[Batch]:
         """next(data), and how long that took."""
@@ -173,8 +177,7 @@ class Log:
         """A line for each source in validation.jsonl and on the console."""
         if not self.writes:
             return
-        with _open_lines(self.path.with_name("validation.jsonl"), step - 1) as file:
-            file.writelines(json.dumps(_without_nan({"step": step, **r})) + "\n" for r in results)
+        self._append("validation.jsonl", [{"step": step, **r} for r in results])
         for r in results:
             self.bar.write(
                 f"step {step:>6}  validation loss {r['loss']:.4f}  perplexity {r['perplexity']:.4g}  of {r['source']}"
@@ -194,8 +197,7 @@ class Log:
         rows = [row for row, *_ in self.waiting]
         if load := self._expert_load():
             rows[-1]["expert_load"] = load
-        self.file.writelines(json.dumps(_without_nan(row)) + "\n" for row in rows)
-        self.file.flush()
+        self._append("metrics.jsonl", rows)
         for row in rows:
             if not math.isfinite(row["loss"] + row["grad_norm"]):
                 raise FloatingPointError(
@@ -206,6 +208,20 @@ class Log:
             loss = sum(row["loss"] for row in rows) / len(rows)  # of one step alone it jumps too much to be watched
             self.bar.write(_console_line(rows[-1] | {"loss": loss}))
         self._start_window()
+
+    def _append(self, name: str, rows: list[dict]) -> None:
+        """Lines to a file; those that a full disk refuses are kept until there is room."""
+        if not self.writes:
+            return
+        self.unwritten[name] += "".join(json.dumps(_without_nan(row)) + "\n" for row in rows).encode()
+        try:
+            with open(self.run_dir / name, "ab", buffering=0) as file:
+                while rest := self.unwritten[name]:
+                    self.unwritten[name] = rest[file.write(rest) :]
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            log.warning("%s: %s; its lines wait for room", self.run_dir / name, error.strerror)
 
     def _speed(self, seconds) -> dict:
         steps = len(self.waiting)
@@ -235,15 +251,14 @@ class Log:
         return (loads_LE / loads_LE.mean(1, keepdim=True).clamp(min=1e-9)).cpu().mul(100).round().div(100).tolist()
 
 
-def _open_lines(path: Path, step: int) -> TextIO:
-    """A file of JSON lines, to be written on behind those of the first `step` steps."""
-    path.touch()
-    file, end = open(path, "r+"), 0  # noqa: SIM115
-    while (line := file.readline()).endswith("\n") and json.loads(line)["step"] <= step:
-        end = file.tell()
-    file.seek(end)
-    file.truncate()  # what came after the checkpoint, and a line that was being written
-    return file
+def _cut_lines(path: Path, step: int) -> None:
+    """Of a file of JSON lines, leave those of the first `step` steps: no later ones, none that was being written."""
+    if path.exists():
+        end = 0
+        with open(path, "rb+") as file:
+            while (line := file.readline()).endswith(b"\n") and json.loads(line)["step"] <= step:
+                end = file.tell()
+            file.truncate(end)
 
 
 def _without_nan(row) -> dict:

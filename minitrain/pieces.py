@@ -8,6 +8,7 @@
     format, step    2; how many steps are done
     config          the run's settings        dtype      of the model's parameters
     data            the place in the data     optimizer  the name of its class        versions
+    best            {"step", "loss"} of the checkpoint of the lowest validation loss up to this one, or null
     files           {file: {"bytes": its size, "header_bytes", "header_sha256"}}
     tensors         {name: {"dtype", "shape", "pieces": [{"file", "box", "first", "end", "sha256"}, ...]}}
     sha256          the seal: of all bytes of manifest.json that stand before it
@@ -22,6 +23,7 @@ leave no hole: whoever reads takes the elements that it needs, and need not know
 import functools
 import hashlib
 import json
+import operator
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -134,14 +136,14 @@ class Saved:
             header = stream.read(about["header_bytes"])
             if hashlib.sha256(header).hexdigest() != about["header_sha256"]:
                 raise Damaged(f"{path}: damaged: its header, which tells where {some} are")
-            entries = {name: entry for name, entry in json.loads(header[8:]).items() if name != "__metadata__"}
-            entries = dict(sorted(entries.items(), key=lambda item: item[1]["data_offsets"]))
-            ends = [len(header) + entry["data_offsets"][1] for entry in entries.values()]
+            entries = _entries(path, header)
+            ends = [len(header) + end for _, end, *_ in entries]
             sums = pool.map(functools.partial(_sha256_of_part, stream.fileno()), [len(header), *ends], ends)
-            for (name, entry), checksum in zip(entries.items(), sums, strict=True):
-                if (entry["dtype"], entry["shape"], checksum) != expected.get(name):
+            for (_, _, name, dtype, shape), checksum in zip(entries, sums, strict=True):
+                if (dtype, shape, checksum) != expected.get(name):
                     raise Damaged(f"{path}: damaged: {name} is not what was written")
-            if entries.keys() != expected.keys() or os.fstat(stream.fileno()).st_size != max(ends, default=len(header)):
+            size = os.fstat(stream.fileno()).st_size
+            if len(entries) != len(expected) or size != max(ends, default=len(header)):
                 raise Damaged(f"{path}: damaged: holds more or less than the manifest says")
         open_safetensors(path)
 
@@ -184,8 +186,23 @@ def _in_boxes(run: Tensor, box: Box, first: int, end: int) -> Iterator[tuple[Box
         offset += numel(inner)
 
 
+def _entries(path: Path, header: bytes) -> list[tuple]:
+    """-> begin, end, name, dtype and shape of what a file's header names, in the order of its bytes."""
+    entries = []
+    try:
+        for name, entry in json.loads(header[8:]).items():
+            if name != "__metadata__":
+                begin, end = map(operator.index, entry["data_offsets"])
+                if not 0 <= begin <= end < 1 << 62:
+                    raise ValueError(f"{name} lies at {begin}:{end}")
+                entries.append((begin, end, name, entry["dtype"], entry["shape"]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Damaged(f"{path}: damaged: its header is none of safetensors: {error!r}") from None
+    return sorted(entries, key=lambda entry: entry[:3])
+
+
 def _sha256_of_part(file: int, begin: int, end: int) -> str:
-    digest, chunk = hashlib.sha256(), memoryview(bytearray(min(end - begin, _CHUNK)))
+    digest, chunk = hashlib.sha256(), memoryview(bytearray(_CHUNK))
     while begin < end and (n := os.preadv(file, [chunk[: end - begin]], begin)):
         digest.update(chunk[:n])
         begin += n
@@ -218,11 +235,16 @@ def _check(manifest: dict) -> None:
             raise ValueError(f"{key} is {manifest[key]!r}")
     if not isinstance(manifest["data"], dict | None):
         raise ValueError(f"data is {manifest['data']!r}")
+    best = manifest.get("best") or {"step": 0, "loss": 0.0}
+    if not (type(best["step"]) is int and 0 <= best["step"] <= manifest["step"] and type(best["loss"]) is float):
+        raise ValueError(f"best is {best!r}")
     for file, about in manifest["files"].items():
         if not re.fullmatch(r"rank-\d{5,}\.safetensors", file):
             raise ValueError(f"{file!r} is no name of a file of it")
         if type(about["header_bytes"]) is not int or not 8 <= about["header_bytes"] <= 8 + MAX_HEADER_BYTES:
             raise ValueError(f"{file} has a header of {about['header_bytes']!r} bytes")
+        if type(about["bytes"]) is not int or type(about["header_sha256"]) is not str:
+            raise ValueError(f"{file} is {about!r}")
     for name, tensor in manifest["tensors"].items():
         if tensor["dtype"] not in DTYPES or not all(type(n) is int and 0 <= n < 1 << 62 for n in tensor["shape"]):
             raise ValueError(f"{name} is {tensor['dtype']!r} of shape {tensor['shape']!r}")
@@ -230,6 +252,8 @@ def _check(manifest: dict) -> None:
         for piece in tensor["pieces"]:
             if piece["file"] not in manifest["files"]:
                 raise ValueError(f"{name} has a piece in {piece['file']!r}, which is none of its files")
+            if type(piece["sha256"]) is not str:
+                raise ValueError(f"{name} has the sha256 {piece['sha256']!r}")
             box = _box_of(piece, tensor["shape"])
             end = ends.get(box, 0)
             if not type(piece["first"]) is type(piece["end"]) is int or not piece["first"] == end <= piece["end"]:

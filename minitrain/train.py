@@ -31,7 +31,7 @@ from minitrain.parallel.mesh import ALONE, Mesh, init_mesh
 from minitrain.parallel.pp import link_of, parts_of
 from minitrain.parallel.zero import shard_optimizer
 from minitrain.signals import EXIT_CODE, StopSignals
-from minitrain.validate import validate
+from minitrain.validate import mean_loss, validate
 
 
 def train(
@@ -81,12 +81,15 @@ def train(
                 log.step(step + 1, batches, tokens, loss, norm, lr, extras)
                 if on_step:
                     on_step(step + 1, model, extras)
+                validated = None
                 if _is_validated(step + 1, cfg) and not asked:
                     with log.pause():
-                        log.validation(step + 1, validate(model, data, loss_fn, mesh))
+                        results = validate(model, data, loss_fn, mesh)
+                        log.validation(step + 1, results)
+                        validated = mean_loss(results)
                 if ckpt.is_due(step + 1, cfg.train.steps, bool(asked)):
                     with log.pause():  # raises if the loss is no number, before anything is saved
-                        ckpt.save(step + 1)
+                        ckpt.save(step + 1, validated)
                 if asked:
                     ckpt.wait()
                     raise SystemExit(EXIT_CODE)

@@ -13,6 +13,12 @@ from minitrain.parallel.pp import link_of, parts_of, run
 _UNIT = 2**-20  # nats; sums of whole numbers are the same in any order, and so for any number of ranks
 
 
+def mean_loss(results: list[dict]) -> float:
+    """Of validate()'s sources, over the trained tokens of all of them."""
+    tokens = sum(r["trained_tokens"] for r in results)
+    return sum(r["loss"] * r["trained_tokens"] for r in results) / max(1, tokens)
+
+
 @torch.no_grad()
 def validate(model: nn.Module, data: PackedData, loss_fn: Callable, mesh: Mesh) -> list[dict]:
     """-> for each source that has held-out documents {"source", "loss", "perplexity", "trained_tokens"}.

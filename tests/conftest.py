@@ -105,12 +105,16 @@ def write_corpus(folder, documents, vocab_size=101, shards=1, trained=None):
 
 @pytest.fixture
 def corpus(tmp_path):
+    return learnable_corpus(tmp_path / "corpus")
+
+
+def learnable_corpus(folder):
     """300 documents of 1 to 60 tokens that count upwards: learnable in a few steps."""
     generator = torch.Generator().manual_seed(0)
     begins = torch.randint(0, 97, (300,), generator=generator).tolist()
     lengths = torch.randint(1, 61, (300,), generator=generator).tolist()
     documents = [[(b + i) % 97 for i in range(n)] for b, n in zip(begins, lengths, strict=True)]
-    return write_corpus(tmp_path / "corpus", documents)
+    return write_corpus(folder, documents)
 
 
 def tiny_run(corpus, run_dir, model=None, **sections):

@@ -1,8 +1,12 @@
 """Ranks as torchrun starts them: what they find, who prints, and that none outlives an end of any kind."""
 
+import contextlib
+import itertools
 import os
+import random
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -12,12 +16,13 @@ import pytest
 import torch.distributed as dist
 from conftest import read_metrics, spawn, tiny_run
 
+from minitrain import train
 from minitrain.config import ParallelConfig, UserError, to_toml
 from minitrain.parallel import mesh as ranks_of_a_run
 from minitrain.parallel.mesh import init_mesh
 
 ROOT = Path(__file__).parents[1]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 LOSS = """
 import os, signal, sys, time, torch.distributed as dist
@@ -34,46 +39,42 @@ def loss(hidden, head, batch):
 @pytest.fixture
 def launch(corpus, tmp_path):
     """launch(act) starts 2 ranks of a long run; rank 1 does `act`, a line of Python, in the fifth loss."""
-    started = []
+    launches = itertools.count()
 
-    def start(act="pass", *flags):
+    def start(act="pass", *flags, ranks=2, torchrun=("--standalone", "--nproc-per-node=2"), **sections):
         (tmp_path / "acting.py").write_text(LOSS.format(act=act))
-        cfg = tiny_run(
-            corpus, tmp_path / "run", train={"steps": 100_000, "loss": "acting:loss"}, data={"rows_per_step": 2}
-        )
-        (tmp_path / "run.toml").write_text(to_toml(cfg))
+        sections = {"train": {"steps": 100_000, "loss": "acting:loss"}, "data": {"rows_per_step": ranks}} | sections
+        (tmp_path / "run.toml").write_text(to_toml(tiny_run(corpus, tmp_path / "run", **sections)))
+        mark = f"{tmp_path} {next(launches)}"
         path = os.pathsep.join([str(tmp_path), str(ROOT)])
         process = subprocess.Popen(
-            [*TORCHRUN, "-m", "minitrain", "--config", tmp_path / "run.toml", *flags],
+            [*TORCHRUN, *torchrun, "-m", "minitrain", "--config", tmp_path / "run.toml", *flags],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "LAUNCH": mark},
         )  # fmt: skip
-        started.append(process)
+        process.mark = mark
         return process
 
     yield start
-    for process in started:
-        if alive(process.pid):
-            os.killpg(process.pid, signal.SIGKILL)
+    for process in processes(str(tmp_path)):
+        os.kill(process, signal.SIGKILL)
 
 
-def alive(session):
-    """Processes of a session that are not zombies."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
-        except OSError:  # it has just ended
-            continue
-        if int(group) == session and state != "Z":
-            found.append(stat.parent.name)
+def processes(mark):
+    """{process: its environment} of all that a launch has started; ranks are in sessions of their own."""
+    found = {}
+    for file in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it has just ended
+            environment = dict(line.partition("=")[::2] for line in file.read_text().split("\0"))
+            if environment.get("LAUNCH", "").startswith(mark):
+                found[int(file.parent.name)] = environment
     return found
 
 
 def end(process):
     """-> what it printed, to stdout and to stderr. It ends within 60 s, not well, and nobody is left."""
     out, err = process.communicate(timeout=60)
-    assert process.returncode != 0 and not alive(process.pid)
+    assert process.returncode != 0 and not processes(process.mark)
     return out, err
 
 
@@ -122,6 +123,77 @@ def test_a_mistake_in_the_config_is_shown_once(launch):
     _, err = end(launch("pass", "--data.rows_per_step=3"))
     assert err.count("error: ") == 1
     assert "error: data.rows_per_step=3 is not divisible by the 2 ranks that share them\n" in err
+
+
+# ---- torchrun starts the ranks again
+
+STEPPED = "pass\n    if len(calls) == 2 and dist.get_rank() == 0:\n        open('{}', 'w').write(str(os.getpid()))"
+
+
+def wait_for_a_step(nodes, ranks, stepped, old=()):
+    """Until so many ranks on these nodes, no old ones, have taken a step together. -> their processes."""
+    for _ in range(1200):
+        started = [item for node in nodes for item in processes(node.mark).items()]
+        found = {pid for pid, environment in started if "RANK" in environment and pid not in old}
+        if len(found) == ranks and stepped.exists() and int(stepped.read_text() or 0) in found:
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"{ranks} ranks took no step within 120 s")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kills", [1, 20])
+def test_ranks_that_are_killed_are_started_again_and_go_on(launch, corpus, tmp_path, kills):
+    """kill -9 of one rank of four at a random time; the losses are those of a run that nobody touched."""
+    stepped, moment = tmp_path / "stepped", random.Random(0)
+    sections = {"optim": {"schedule": "constant"}, "checkpoint": {"every": 2, "export": False}, "parallel": {"zero": 1}}
+    torchrun = "--standalone", "--nproc-per-node=4", f"--max-restarts={kills}"
+    process = launch(STEPPED.format(stepped), ranks=4, torchrun=torchrun, **sections)
+    ranks, seconds = wait_for_a_step([process], 4, stepped), []
+    for _ in range(kills):
+        time.sleep(2 * moment.random())
+        os.kill(moment.choice(sorted(ranks)), signal.SIGKILL)
+        since = time.monotonic()
+        ranks = wait_for_a_step([process], 4, stepped, ranks)
+        seconds.append(time.monotonic() - since)
+    process.terminate()
+    _, err = end(process)
+    assert err.count("error: another rank ended") <= kills and err.count("Traceback") <= 1  # torchrun's own, of SIGTERM
+    print(f"{kills} kills: seconds to the first new step {sorted(seconds)}, median {statistics.median(seconds):.1f}")
+    killed = losses(tmp_path / "run")
+    sections |= {"train": {"steps": len(killed)}, "data": {"rows_per_step": 4}}
+    spawn(4, train, tiny_run(corpus, tmp_path / "calm", **sections))
+    assert killed == losses(tmp_path / "calm")
+
+
+def losses(run_dir):
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in read_metrics(run_dir)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_node_that_ends_leaves_the_run_to_the_other_until_it_comes_back(launch, tmp_path, monkeypatch):
+    """As the README says for several nodes: one of two is killed, two ranks go on, and then four again."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        at = f"--rdzv-endpoint=localhost:{s.getsockname()[1]}"
+    quick = "--rdzv-conf=last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3"
+    torchrun = "--nnodes=1:2", "--nproc-per-node=2", "--rdzv-backend=c10d", at, quick, "--max-restarts=3"
+    stepped = tmp_path / "stepped"
+
+    def node():
+        return launch(STEPPED.format(stepped), ranks=4, torchrun=torchrun, parallel={"zero": 1})
+
+    first = node()
+    time.sleep(2)  # the first hosts the table through which nodes meet
+    second = node()
+    ranks = wait_for_a_step([first, second], 4, stepped)
+    for pid in processes(second.mark):
+        os.kill(pid, signal.SIGKILL)
+    ranks |= wait_for_a_step([first], 2, stepped, ranks)
+    wait_for_a_step([first, node()], 4, stepped, ranks)
 
 
 # ---- who is there

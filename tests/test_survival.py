@@ -1,11 +1,11 @@
-"""What a run survives: being killed at any instant, asked to stop, a full disk, a second run on its folder."""
+"""What a run survives: being killed at any instant, asked to stop, a second run on its folder."""
 
-import functools
+import contextlib
 import itertools
 import logging
 import multiprocessing
 import os
-import resource
+import shutil
 import signal
 import sys
 import threading
@@ -16,10 +16,12 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import read_metrics, spawn, tiny_run
+from conftest import _rank, read_metrics, spawn, tiny_run
 
 from minitrain import UserError, cross_entropy, train
 from minitrain import checkpoint as checkpoint_module
+from minitrain.__main__ import main
+from minitrain.config import to_toml
 from minitrain.pieces import Saved
 
 FILES = ("checkpoints", "step-", "rank-", "manifest.json")  # what is in the name of all that a save touches
@@ -41,6 +43,14 @@ def end(process):
     process.join(60)
     assert process.exitcode is not None
     return process.exitcode
+
+
+def wait_for(path):
+    for _ in range(3000):
+        if path.exists():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{path} did not come")
 
 
 def checkpoints(cfg):
@@ -114,6 +124,75 @@ def test_a_run_that_is_killed_at_any_instant_loses_nothing_that_was_announced(co
     assert (tmp_path / "killed" / "checkpoints" / "latest").resolve().name == f"step-{4 * kills:08}"
 
 
+def run_rank(rank, n, attempt, port, folder, victims, at, after):
+    """As torchrun starts it. The first of the victims sends SIGKILL to all of them, `after` seconds behind the at-th
+    thing that it does to files of checkpoints, counted from the beginning of a save."""
+    count = itertools.count(1)
+    (folder / f"pid-{rank}").write_text(str(os.getpid()))
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"{name}-{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+
+    def kill():
+        time.sleep(after)
+        for victim in reversed(victims):
+            os.kill(int((folder / f"pid-{victim}").read_text()), signal.SIGKILL)
+
+    def watch(event, args):
+        nonlocal is_saving
+        if event == "open" or event.startswith(("os.", "shutil.")):
+            is_saving = is_saving or ".tmp" in str(args[0])
+            if is_saving and any(name in str(args[0]) for name in FILES) and next(count) == at:
+                threading.Thread(target=kill).start() if after else kill()
+
+    is_saving = False
+    if rank == victims[0]:
+        sys.addaudithook(watch)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": attempt}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    sys.argv = ["minitrain", "--config", str(folder / "run.toml")]
+    main()
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    "ranks, kills", [(2, 3), pytest.param(2, 60, marks=pytest.mark.slow), pytest.param(4, 60, marks=pytest.mark.slow)]
+)
+def test_ranks_that_are_killed_in_a_save_end_the_others_and_lose_nothing(corpus, tmp_path, ranks, kills):
+    """One rank or all, while rank 0 or another one writes; then all are started again."""
+    calm, killed = (short_run(corpus, tmp_path / name, 2 * kills + 2, every=1, keep=2) for name in ("calm", "killed"))
+    for cfg in (calm, killed):
+        cfg.data.rows_per_step, cfg.parallel.zero, cfg.train.log_every = ranks, 1, 1
+    calm.checkpoint.every = 0
+    spawn(ranks, train, calm)
+    (tmp_path / "run.toml").write_text(to_toml(killed))
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    random, announced = Random(0), 0
+    for attempt in range(kills):
+        first = random.randrange(1, ranks) if attempt % 2 else 0
+        others = [rank for rank in range(ranks) if rank != first]
+        victims = [first, *random.choice([[], others])]
+        at = random.randint(1, 4) if first else 1 + (attempt // 2 * 5 + random.randint(0, 4)) % 36
+        instant = victims, at, random.choice([0, 0.003 * random.random()])
+        started = [start(run_rank, rank, ranks, attempt, store.port, tmp_path, *instant) for rank in range(ranks)]
+        started[first].join(120)
+        since = time.monotonic()
+        codes = [end(process) for process in started]
+        seconds = time.monotonic() - since
+        assert [rank for rank in range(ranks) if codes[rank] == -signal.SIGKILL] == sorted(victims), codes
+        errors = "".join((tmp_path / f"err-{rank}").read_text() for rank in range(ranks))
+        assert seconds < 10 and "Traceback" not in errors
+        assert errors.count("error: ") == (len(victims) < ranks), errors
+        lines = (tmp_path / "out-0").read_text().splitlines()
+        announced = max([announced, *(int(line[-8:]) for line in lines if line.startswith("saved "))])
+        assert max(checkpoints(killed), default=0) >= announced
+    assert 0 < announced < killed.train.steps
+    spawn(ranks, train, killed)
+    assert losses(killed) == losses(calm)
+    left = {path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()}
+    assert left == {"latest", *(f"step-{killed.train.steps - ago:08}" for ago in (0, 1))}
+
+
 # ---- signals
 
 
@@ -170,6 +249,27 @@ def test_all_ranks_stop_after_the_same_step_when_one_is_asked(corpus, tmp_path):
     cfg.data.rows_per_step, cfg.parallel.zero = 2, 2
     spawn(2, signal_one_rank, cfg)
     assert list(checkpoints(cfg)) == [4]
+
+
+def save_forever(cfg):
+    with mock.patch("minitrain.checkpoint.write_pieces", lambda *_: time.sleep(60)):
+        train(cfg)
+
+
+def test_a_second_signal_ends_all_ranks_at_once_while_they_save(corpus, tmp_path):
+    cfg = short_run(corpus, tmp_path / "run", 100_000, every=3)
+    cfg.data.rows_per_step, cfg.parallel.zero = 2, 1
+    ranks = [start(_rank, rank, 2, str(tmp_path / "store"), "cpu", save_forever, (cfg,)) for rank in range(2)]
+    wait_for(tmp_path / "run" / "checkpoints" / "step-00000003.tmp")
+    for rank in ranks:
+        os.kill(rank.pid, signal.SIGUSR1)  # as SLURM's --signal: the save of the step that runs waits for this one
+    time.sleep(1.5)
+    assert all(rank.is_alive() for rank in ranks)
+    for rank in ranks:
+        os.kill(rank.pid, signal.SIGTERM)
+    since = time.monotonic()
+    assert [end(rank) for rank in ranks] == [143, 143]
+    assert time.monotonic() - since < 5 and not checkpoints(cfg)
 
 
 # ---- in the background
@@ -231,6 +331,58 @@ def test_keep_every_outlives_keep(corpus, tmp_path):
     assert sorted(checkpoints(cfg)) == [4, 8, 10, 11]
 
 
+def validated_run(corpus, run_dir):
+    return tiny_run(
+        corpus, run_dir, data={"held_out": 10}, train={"steps": 12, "validate_every": 1},
+        checkpoint={"every": 2, "keep": 1, "keep_best": True, "export": False},
+    )  # fmt: skip
+
+
+def best_of(cfg, monkeypatch, losses, stop_after=None):
+    """The step of the link best, and the steps of all checkpoints, when validations give these losses."""
+    given = [{"source": "s", "loss": loss, "perplexity": 1.0, "trained_tokens": 5} for loss in losses]
+
+    def stop(step, *_):
+        if step == stop_after:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["minitrain.train"], "validate", lambda *_: [given.pop(0)])
+    with contextlib.suppress(KeyboardInterrupt):
+        train(cfg, on_step=stop)
+    link = Path(cfg.run_dir) / "checkpoints" / "best"
+    return link.exists() and int(link.resolve().name[5:]), sorted(checkpoints(cfg))
+
+
+def test_the_checkpoint_of_the_lowest_validation_loss_is_kept(corpus, tmp_path, monkeypatch):
+    cfg = validated_run(corpus, tmp_path / "run")
+    losses = [9.0, 5.0, 1.0, 4.0, 1.0, 6.0, 1.0, 4.0, 1.0, 6.0, 1.0, 6.0]  # those of odd steps are never saved
+    assert best_of(cfg, monkeypatch, losses) == (4, [4, 12])
+
+
+def test_which_checkpoint_is_the_best_is_known_after_a_restart(corpus, tmp_path, monkeypatch):
+    cfg = validated_run(corpus, tmp_path / "run")
+    assert best_of(cfg, monkeypatch, [5.0] * 3 + [4.0] + [6.0] * 8, stop_after=9) == (4, [4, 8])
+    assert best_of(cfg, monkeypatch, [4.5] * 4) == (4, [4, 12])
+    cfg.train.steps = 14
+    assert best_of(cfg, monkeypatch, [3.0] * 2) == (14, [14])
+
+
+def test_a_best_checkpoint_that_is_gone_is_none(corpus, tmp_path, monkeypatch):
+    cfg = validated_run(corpus, tmp_path / "run")
+    best_of(cfg, monkeypatch, [5.0] * 3 + [4.0] + [6.0] * 8, stop_after=9)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
+    assert best_of(cfg, monkeypatch, [7.0, 8.0, 8.0, 9.0]) == (10, [10, 12])
+
+
+@pytest.mark.parametrize("every, validate_every", [(5, 2), (5, 0), (0, 5), (2, 4)])
+def test_the_best_is_chosen_among_checkpoints_that_are_all_validated(corpus, tmp_path, every, validate_every):
+    with pytest.raises(UserError, match=f"every={every} is no multiple of train.validate_every={validate_every}$"):
+        tiny_run(
+            corpus, tmp_path, data={"held_out": 10}, train={"validate_every": validate_every},
+            checkpoint={"every": every, "keep_best": True},
+        )  # fmt: skip
+
+
 def test_random_numbers_go_on(corpus, tmp_path):
     calm, stopped = (short_run(corpus, tmp_path / name, 8, every=4) for name in ("calm", "stopped"))
 
@@ -249,52 +401,6 @@ def test_random_numbers_go_on(corpus, tmp_path):
     torch.manual_seed(4)
     train(stopped, loss_fn=noisy)
     assert losses(stopped) == losses(calm)
-
-
-# ---- a full disk
-
-
-def limit_files(size):
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size is None else size, hard))
-
-
-def fill_disk(cfg, step, *_):
-    if step == 4:
-        while not (Path(cfg.run_dir) / "checkpoints" / "latest").exists():  # that of step 3
-            time.sleep(0.01)
-        limit_files(20_000)
-
-
-@pytest.fixture
-def whole_disk():
-    yield
-    limit_files(None)
-
-
-def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(corpus, tmp_path, whole_disk):
-    cfg = short_run(corpus, tmp_path / "run", 9, every=3)
-    complaint = "step-00000006: saving failed: .*File too large.*; the newest checkpoint is step-00000003"
-    with pytest.raises(UserError, match=complaint):
-        train(cfg, on_step=functools.partial(fill_disk, cfg))
-    assert list(checkpoints(cfg)) == [3]
-    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-00000003", "latest"}
-    limit_files(None)
-    train(cfg)
-    assert sorted(checkpoints(cfg)) == [6, 9]
-
-
-def fill_disk_of_one_rank(cfg):
-    """What rank 1 cannot write, no rank calls saved."""
-    with pytest.raises(UserError, match=r"step-00000006: saving failed: .*File too large"):
-        train(cfg, on_step=functools.partial(fill_disk, cfg) if torch.distributed.get_rank() == 1 else None)
-
-
-def test_what_one_rank_cannot_write_is_no_checkpoint_of_any(corpus, tmp_path):
-    cfg = short_run(corpus, tmp_path / "run", 6, every=3)
-    cfg.data.rows_per_step, cfg.parallel.zero = 2, 1
-    spawn(2, fill_disk_of_one_rank, cfg)
-    assert list(checkpoints(cfg)) == [3]
 
 
 def test_an_error_in_the_background_is_raised_at_the_next_step(corpus, tmp_path):

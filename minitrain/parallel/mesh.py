@@ -212,16 +212,17 @@ def first_node(nodes: str) -> str:
 def _store(rank: int, timeout_s: float) -> dist.Store:
     """The table that all ranks see: torchrun's, or rank 0's own."""
     address, port = _address()
-    is_host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     timeout = timedelta(seconds=timeout_s)
     try:
-        store = dist.TCPStore(address, port, None, is_host, timeout=timeout, wait_for_workers=False)
+        store = dist.TCPStore(address, port, None, rank == 0 and not of_torchrun, timeout, wait_for_workers=False)
     except (RuntimeError, ValueError) as error:
         raise TimeoutError(
             f"rank {rank} cannot reach rank 0 at {address}:{port}: {str(error).splitlines()[0]}"
         ) from None
-    # After a restart by torchrun, keys of the attempt before are still there.
-    return dist.PrefixStore(f"minitrain {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    # torchrun's outlives a restart, with the keys of the attempt before. Each node counts restarts of its own.
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] if of_torchrun else ""
+    return dist.PrefixStore(f"minitrain {attempt}", store)
 
 
 def _join(rank: int, size: int, backend: str, timeout_s: int) -> None:
@@ -263,6 +264,14 @@ def abandon(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def lost(error: Exception) -> str | None:
+    """A line for what a rank sees when another one ended without a word, and None for any other error."""
+    broken = re.search(
+        "Connection (closed|reset) by peer|Connection was likely closed|remote process exited", str(error)
+    )
+    return f"another rank ended ({broken[0]}); what started it says how" if broken else None
 
 
 def is_first_to_fail() -> bool:
