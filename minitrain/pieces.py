@@ -137,8 +137,8 @@ class Saved:
             if hashlib.sha256(header).hexdigest() != about["header_sha256"]:
                 raise Damaged(f"{path}: damaged: its header, which tells where {some} are")
             entries = _entries(path, header)
-            ends = [len(header) + end for _, end, *_ in entries]
-            sums = pool.map(functools.partial(_sha256_of_part, stream.fileno()), [len(header), *ends], ends)
+            begins, ends = ([len(header) + entry[i] for entry in entries] for i in (0, 1))
+            sums = pool.map(functools.partial(_sha256_of_part, stream.fileno()), begins, ends)
             for (_, _, name, dtype, shape), checksum in zip(entries, sums, strict=True):
                 if (dtype, shape, checksum) != expected.get(name):
                     raise Damaged(f"{path}: damaged: {name} is not what was written")
@@ -202,7 +202,7 @@ def _entries(path: Path, header: bytes) -> list[tuple]:
 
 
 def _sha256_of_part(file: int, begin: int, end: int) -> str:
-    digest, chunk = hashlib.sha256(), memoryview(bytearray(_CHUNK))
+    digest, chunk = hashlib.sha256(), memoryview(bytearray(min(end - begin, _CHUNK)))
     while begin < end and (n := os.preadv(file, [chunk[: end - begin]], begin)):
         digest.update(chunk[:n])
         begin += n

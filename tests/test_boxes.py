@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_checkpoint import JSON, leaf_of
+from test_damaged_checkpoints import changes
 
 from minitrain import pieces
 from minitrain.boxes import common, numel, part_of, run_as_boxes, take, whole_box
@@ -171,13 +171,12 @@ def test_pieces_that_are_not_each_element_once_are_refused(four, change, complai
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(random=st.randoms(use_true_random=False), other=JSON)
-def test_no_box_makes_a_traceback(four, random, other):
+@given(data=st.data())
+def test_no_box_makes_a_traceback(four, data):
     path = four / "manifest.json"
     text = path.read_text()
     manifest = unsealed(path)
-    container, key = leaf_of(manifest["tensors"], random.choice)
-    container[key] = other
+    data.draw(changes())(manifest["tensors"])
     seal(path, manifest)
     try:
         saved = Saved(four)
