@@ -148,9 +148,10 @@ class Saved:
         open_safetensors(path)
 
     def read(self, name: str, box: Box | None = None, first: int = 0, end: int | None = None) -> Tensor:
-        """Elements first .. end - 1 of a box of a tensor, 1-D; None: all of it, to its last.
+        """Elements first .. end - 1 of a box of a tensor, 1-D, not to be written to; None: all of it, to its last.
 
-        Files are mapped, and no other elements touched: host memory is what is returned.
+        Files are mapped, and no other elements touched. What lies in one piece is returned as it lies there, without
+        memory of its own.
         """
         dtype, shape = self.tensors[name]
         box = box or whole_box(shape)
@@ -165,7 +166,10 @@ class Saved:
             for there, theirs in _in_boxes(stored, *run):
                 for here, ours in wanted:
                     if (both := common(here, there)) is not None:
-                        take(ours, both, here).copy_(take(theirs, both, there))
+                        found = take(theirs, both, there)
+                        if found.numel() == len(values) and found.is_contiguous():
+                            return found.flatten()
+                        take(ours, both, here).copy_(found)
         return values
 
     def _reader(self, file):

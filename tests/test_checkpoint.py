@@ -336,7 +336,9 @@ def test_another_model_is_refused(stopped, other):
 
 def test_state_of_a_parameter_that_the_model_has_not_is_refused(stopped):
     saved = Saved(newest(stopped))
-    pieces = {name: Piece(saved.read(name), shape, whole_box(shape)) for name, (_, shape) in saved.tensors.items()}
+    pieces = {
+        name: Piece(saved.read(name).clone(), shape, whole_box(shape)) for name, (_, shape) in saved.tensors.items()
+    }
     pieces["optimizer.tail.weight.exp_avg"] = Piece(torch.ones(2), *part_of(torch.ones(2)))
     about = {key: saved.manifest[key] for key in ("step", "data", "config", "dtype", "optimizer", "versions")}
     part = write_pieces(newest(stopped) / "rank-00000.safetensors", pieces)

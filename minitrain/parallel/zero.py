@@ -174,7 +174,7 @@ class MasterOptimizer:
                     )
                 value = read(full_name, part.box, *self._span(name)) if is_piece else read(full_name)
                 on = value.device if not shape and not master.is_cuda else master.device
-                self.optimizer.state[master][key] = value.view(master.shape if is_piece else shape).to(on)
+                self.optimizer.state[master][key] = value.view(master.shape if is_piece else shape).to(on, copy=True)
         for full_name in self.tensors():
             name = full_name.removeprefix("model.")
             first, end = self._span(name)
