@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from conftest import read_metrics, spawn, tiny_run
 from safetensors.torch import load_file
-from test_hacks import Lion, SideBySide, z_loss
+from test_hacks import Lion, SideBySide, SideBySideBlock, z_loss
 from test_zero import SIZES
 from torch import nn
 
@@ -22,9 +22,10 @@ from minitrain.config import Config, DataConfig, ParallelConfig, TrainConfig, Us
 from minitrain.hf import load_weights
 from minitrain.loss import cross_entropy
 from minitrain.models import build_model, init_weights, materialize
+from minitrain.models.layers import Attention
 from minitrain.models.llama import LlamaConfig
 from minitrain.models.qwen3 import Qwen3Config
-from minitrain.models.qwen3_moe import Qwen3MoeConfig
+from minitrain.models.qwen3_moe import MoE, Qwen3MoeConfig
 from minitrain.parallel import parallelize
 from minitrain.parallel.cp import assign
 from minitrain.parallel.layout import objections
@@ -225,6 +226,14 @@ def test_pretrained_weights_are_cut_as_they_are_read_and_a_rank_has_its_share(tm
 # ---- whole runs, with the hacks of test_hacks.py
 
 
+class ExpertsBeside(mt.Qwen3MoeForCausalLM):
+    """SideBySide, with experts."""
+
+    @staticmethod
+    def block(cfg):
+        return SideBySideBlock(cfg, Attention(cfg, qk_norm=True), MoE(cfg))
+
+
 def train_with_hacks(cfg, folder):
     def one(name, model=None, **parts):
         run = dataclasses.replace(cfg, run_dir=f"{folder}/{name}")
@@ -237,7 +246,7 @@ def train_with_hacks(cfg, folder):
 
     def side_by_side(model_config):
         with torch.device("meta"):
-            return SideBySide(model_config)
+            return (ExpertsBeside if model_config.type == "qwen3_moe" else SideBySide)(model_config)
 
     def look(step, model, extras):
         seen.append(mt.generate(model, torch.tensor([3, 4, 5]), 3, temperature=0).tolist())
@@ -257,10 +266,13 @@ def train_layouts(cfg, layouts, folder):
         train_with_hacks(dataclasses.replace(cfg, parallel=parallel), folder / name)
 
 
-def test_the_five_hacks_give_the_same_runs_in_every_layout(corpus, tmp_path):
+@pytest.mark.parametrize("axes", [("tp", "cp", "pp"), pytest.param(("ep",), marks=pytest.mark.slow)])
+def test_the_five_hacks_give_the_same_runs_in_every_layout(axes, corpus, tmp_path):
     checkpoint = {"every": 0, "export": False}
     cfg = tiny_run(corpus, "", train={"steps": 4}, data={"rows_per_step": 2}, checkpoint=checkpoint)
-    layouts = {"tp": ParallelConfig(tp=2), "cp": ParallelConfig(cp=2), "pp": ParallelConfig(pp=2)}
+    if axes == ("ep",):
+        cfg.model = dataclasses.replace(MODELS["moe"], vocab_size=101)
+    layouts = {axis: ParallelConfig(**{axis: 2}) for axis in axes}
     train_with_hacks(cfg, tmp_path / "one")
     spawn(2, train_layouts, cfg, layouts, tmp_path)
     for layout, hack in itertools.product(layouts, ("attention", "optimizer", "block", "loss", "look")):
