@@ -174,7 +174,7 @@ def losses(run_dir):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_node_that_ends_leaves_the_run_to_the_other_until_it_comes_back(launch, tmp_path, monkeypatch):
-    """As the README says for several nodes: one of two is killed, two ranks go on, and then four again."""
+    """As docs/ranks.md says for several nodes: one of two is killed, two ranks go on, and then four again."""
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
