@@ -11,7 +11,8 @@ from conftest import TINY
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_each_row_of_the_table_has_its_time(ranks, tmp_path):
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     flags = [f"--model.{key}={value}" for key, value in TINY.items()]

@@ -181,6 +181,7 @@ def test_balanced_experts_get_even_rows_and_the_router_its_choice():
         balance(build_model(Qwen3Config(**TINY)))
 
 
+@pytest.mark.slow
 def test_the_trace_of_a_run_has_the_operations_that_parts_are_known_by(tmp_path):
     sizes = TINY | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     flags = [f"--model.{key}={value}" for key, value in sizes.items()]

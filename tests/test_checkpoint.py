@@ -83,6 +83,7 @@ def test_resume_is_bitwise(corpus, tmp_path, model, dtype):
     assert results(disturbed) == results(calm)
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on_bitwise(corpus, tmp_path):
     calm, killed = pair(corpus, tmp_path)
     train(calm)

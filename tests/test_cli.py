@@ -95,14 +95,11 @@ def test_help_knows_the_settings_of_the_architecture(cli):
     assert "--model.num_experts INT" not in cli("--help")[1]
 
 
-def test_a_real_process_exits_with_0_and_with_2(config):
+def test_a_real_process_exits_with_0(config):
     command = [sys.executable, "-m", "minitrain", f"--config={config}"]
     options = {"cwd": ROOT, "capture_output": True, "text": True, "env": {**os.environ, "PYTHONIOENCODING": "utf-8"}}
     good = subprocess.run([*command, "--checkpoint.export=false"], **options)
     assert (good.returncode, good.stderr) == (0, "") and "mean of the last 5 steps" in good.stdout
-    bad = subprocess.run([*command, "--train.steps=many"], **options)
-    assert (bad.returncode, bad.stdout) == (2, "")
-    assert bad.stderr == "error: --train.steps: invalid literal for int() with base 10: 'many'\n"
 
 
 # ---- what goes wrong
@@ -205,7 +202,7 @@ def test_cuda_where_there_is_none_is_one_line(cli, config, tmp_path):
     refuse(cli, tmp_path, ["--config", config, "--train.device=cuda"], 'train.device="cuda": torch sees no CUDA')
 
 
-def test_half_an_environment_of_torchrun_is_one_line(config, tmp_path):
+def test_half_an_environment_of_torchrun_is_one_line_of_a_process_that_exits_with_2(config, tmp_path):
     command = [sys.executable, "-m", "minitrain", f"--config={config}"]
     env = {**os.environ, "WORLD_SIZE": "2"}
     bad = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)

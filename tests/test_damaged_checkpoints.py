@@ -124,7 +124,7 @@ def cut(draw, content):
     )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_checkpoint_is_resumed_or_refused_in_one_line_with_nothing_changed(target, data):
     """Manifest and headers changed as JSON or as bytes, files swapped, with checksums wrong or made right again."""

@@ -89,6 +89,7 @@ def test_without_nvcc_setup_says_so_in_one_line_and_builds_nothing(tmp_path):
     assert not (tmp_path / "lib").exists()
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_a_kernel_that_does_not_compile_fails_the_build_with_the_compilers_message(tmp_path):
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels")

@@ -209,10 +209,12 @@ def wait_in_vain():
             here.sum(1)
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_come_to_the_sum_is_named():
     spawn(3, wait_in_vain)
 
 
+@pytest.mark.slow
 def test_ranks_that_never_start_are_named(monkeypatch):
     as_torchrun(monkeypatch, rank=0, size=3)
     with socket.socket() as s:
