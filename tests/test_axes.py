@@ -266,7 +266,8 @@ def train_layouts(cfg, layouts, folder):
         train_with_hacks(dataclasses.replace(cfg, parallel=parallel), folder / name)
 
 
-@pytest.mark.parametrize("axes", [("tp", "cp", "pp"), pytest.param(("ep",), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [("tp", "cp", "pp"), ("ep",)])
 def test_the_five_hacks_give_the_same_runs_in_every_layout(axes, corpus, tmp_path):
     checkpoint = {"every": 0, "export": False}
     cfg = tiny_run(corpus, "", train={"steps": 4}, data={"rows_per_step": 2}, checkpoint=checkpoint)

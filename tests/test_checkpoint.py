@@ -209,6 +209,7 @@ def test_a_flipped_bit_is_refused(stopped, file, place, complaint):
     refuse(stopped, f"{file}: damaged: {complaint}")
 
 
+@pytest.mark.slow
 def test_a_thousand_flipped_bits_are_refused(stopped):
     """One at a time, anywhere in the checkpoint; the message names the file, and in a file of pieces a tensor."""
     random, folder = Random(0), newest(stopped)

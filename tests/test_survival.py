@@ -101,8 +101,9 @@ def train_and_die(cfg, announced, at, after):
     train(cfg)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [20, 200])
 def test_a_run_that_is_killed_at_any_instant_loses_nothing_that_was_announced(corpus, tmp_path, kills):
     """A save touches files 18 times, to write, rename and delete: each of them is a kill's turn."""
     calm, killed = (short_run(corpus, tmp_path / name, 4 * kills, every=1, keep=2) for name in ("calm", "killed"))
