@@ -2,10 +2,10 @@
 //
 //   warpgroup 0, warp 0          puts dQ of a block to its sum in global memory
 //                warp 1          takes the next tile of keys, loads K and V
-//                warps 2 and 3   load Q and dO of each block of 64 queries that sees it, of one or two query heads
+//                warps 2 and 3   load Q and dO of each block of queries that sees it, of one or two query heads
 //   warpgroups 1 and 2           64 keys each: S^T = K Q^T, dP^T = V dO^T, P^T and dS^T in registers,
-//                                dV += P^T dO, dK += dS^T Q; dS goes to shared memory, and dQ = dS K with half the
-//                                channels each
+//                                dV += P^T dO, dK += dS^T Q; dS goes to shared memory, and dQ = dS K, half of it
+//                                each: half the channels of 64 queries, or with 64 channels half of 128 queries
 //
 // dK and dV stay in registers over all queries and these heads. A group of more heads is in parts, tiles of their own,
 // which add to dK and dV in global memory, one after the other: the same bits in every run. dQ is summed over key tiles
@@ -161,10 +161,11 @@ __device__ int read_turn(const int* turn) {
 }
 __device__ void end_turn(int* turn) { asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory"); }
 
-// Waits until this part may go to the sum. seen: what the turn was at an earlier look, or 0. -> whether it is the
-// first. NOTE: what follows is an asynchronous copy, for which no proxy fence stands here: both sides' copies were
-// awaited or are issued later, and meet in L2, where the sums are made. A fence in every step would cost more than the
-// wait.
+// Waits until this part may go to the sum. -> whether it is the first.
+// seen: what the turn was at an earlier look, or 0.
+//
+// NOTE: what follows is an asynchronous copy, for which no proxy fence stands here: both sides' copies were awaited or
+// are issued later, and meet in L2, where the sums are made. A fence in every step would cost more than the wait.
 __device__ bool wait_for_turn(int* turn, int seen, const Tile& tile, int first_query, const Arguments& args) {
     if (args.deterministic) {
         const int begin = first_query + tile.doc.k_len - tile.doc.q_len - args.shape.look_back;
@@ -242,7 +243,7 @@ struct Consumer {
         clear_rows<kRows, C>(tile, begin, kTogether + warpgroup);
     }
 
-    // X^T (64 keys x 64 queries) = keys' tile (K or V) times block (Q or dO), not awaited.
+    // X^T (64 keys x a block of queries) = keys' tile (K or V) times block (Q or dO), not awaited.
     __device__ __forceinline__ void issue_scores(float (&x)[kQueries / 2], const __nv_bfloat16* keys,
                                                  const __nv_bfloat16* block) {
         const uint64_t a = descriptor(shared_address(keys) + warpgroup * 64 * 128);
