@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "adamw.h"
+#include "add.h"
 #include "attention.h"
 #include "cross_entropy.h"
 #include "norm_rotate.h"
@@ -174,6 +175,11 @@ PYBIND11_MODULE(kernels, m) {
         py::arg("tensors"), py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
         py::arg("weight_decay"), py::arg("grad_scale"), py::arg("broken"), py::arg("moments_are_bf16"),
         py::arg("device"), py::arg("stream"));
+
+    // kernels/add.h.
+    m.def("add", [](uintptr_t total, uintptr_t grad, int64_t numel, bool is_first, int device, uintptr_t stream) {
+        minitrain::add(pointer<float>(total), pointer<void>(grad), numel, is_first, device, stream_of(stream));
+    });
 
     // kernels/squares.h.
     using minitrain::Gradient;

@@ -1,4 +1,4 @@
-"""Lists of tensors in one kernel: AdamW's step, and the norm of a whole gradient."""
+"""What is done with gradients: AdamW's step and the norm, one kernel for a list of tensors, and sums over rows."""
 
 import torch
 from torch import Tensor
@@ -49,6 +49,17 @@ def adamw_(
 def _addresses(p, grad, state):
     tensors = p, state["exp_avg"], state["exp_avg_sq"], grad, getattr(p, "rounded", None), state["step"]
     return *map(address, tensors), p.numel(), grad.dtype == torch.bfloat16
+
+
+def add_(total: Tensor, grad: Tensor, is_first: bool) -> None:
+    """total += grad, or = grad if it is the first. Of one shape; total is contiguous, and as wide as grad or wider."""
+    if kernels is not None and total.is_cuda and (total.dtype, grad.dtype) == (torch.float32, torch.bfloat16):
+        grad, device = _dense(grad), total.device
+        kernels.add(total.data_ptr(), grad.data_ptr(), total.numel(), is_first, device.index, stream_of(device))
+    elif is_first:
+        total.copy_(grad)
+    else:
+        total.add_(grad)
 
 
 @torch.profiler.record_function("minitrain::global_norm")

@@ -86,9 +86,9 @@ def _gradients(opt: MasterOptimizer) -> dict[str, Piece]:
         return {f"gradient {name}": Piece(grad, *part_of(opt.params[name])) for name, grad in grads.items()}
     found = {}
     for key, unit in opt.units.items():
-        for name, p in unit.params.items():
-            piece = unit.piece(opt.gradients.sums[key], name, unit.shard.rank).clone()
-            found[f"gradient {name}"] = Piece(piece, *part_of(p), unit.span(name, unit.shard.rank)[0])
+        for name, grad in opt.gradients.of(key).items():
+            part = part_of(unit.params[name])
+            found[f"gradient {name}"] = Piece(grad.clone(), *part, unit.span(name, unit.shard.rank)[0])
     return found
 
 

@@ -80,6 +80,7 @@ def train(
                 opt.step(lr)
                 log.step(step + 1, batches, tokens, loss, norm, lr, extras)
                 if on_step:
+                    opt.settle()
                     on_step(step + 1, model, extras)
                 validated = None
                 if _is_validated(step + 1, cfg) and not asked:

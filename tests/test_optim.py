@@ -15,7 +15,7 @@ from minitrain.models import build_model, init_weights
 from minitrain.models.llama import LlamaConfig
 from minitrain.models.qwen3 import Qwen3Config
 from minitrain.models.qwen3_moe import Qwen3MoeConfig
-from minitrain.multi_tensor import global_norm
+from minitrain.multi_tensor import add_, global_norm
 from minitrain.optim import adamw, lr_at, muon, orthogonalize
 from minitrain.parallel.zero import MasterOptimizer
 from minitrain.train import forward_backward
@@ -558,6 +558,17 @@ def test_the_global_norm_on_the_gpu_is_exact_and_the_same_bits_every_time(sizes)
         assert norm.equal(global_norm(tensors))
     tensors[-1][-1] = torch.nan
     assert global_norm(tensors).isnan()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [1, 7, 8, 8191, 8192, 8193, 1 << 20])
+def test_bf16_gradients_are_added_up_in_fp32_on_the_gpu(size):
+    first, second = torch.randn(2, size, device="cuda").bfloat16()
+    total = torch.full_like(first, torch.nan, dtype=torch.float32)
+    add_(total, first, is_first=True)
+    assert total.equal(first.float())
+    add_(total, second, is_first=False)
+    assert total.equal(first.float() + second.float())
 
 
 @pytest.mark.gpu

@@ -129,6 +129,7 @@ def run(case, parallel, mesh=ALONE):
         norms.append(opt.clip_grad_norm(0.5, loss))
         grads = grads or gradients(opt)
         opt.step(0.01)
+    opt.settle()
     with whole(model):
         weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     return {"losses": torch.stack(losses), "norms": torch.stack(norms), **weights}, grads
@@ -140,9 +141,9 @@ def gradients(opt):
         return {name: (0, m.grad.flatten().clone()) for name, m in opt.masters.items() if m.grad is not None}
     found = {}
     for key, unit in opt.units.items():
-        for name in unit.params:
+        for name, grad in opt.gradients.of(key).items():
             first, end = unit.span(name, unit.shard.rank)
-            found[name] = first, unit.piece(opt.gradients.sums[key], name, unit.shard.rank).clone()
+            found[name] = first, grad.clone()
             assert len(found[name][1]) == end - first
     return found
 
@@ -262,7 +263,7 @@ def only_mine(flat, shard, group):
 DROPS = [  # of, what, what is there instead, under which stages
     ("parallel.ddp", "all_reduce", lambda flat, group: None, [ParallelConfig(0), ParallelConfig(2, 2)]),
     ("parallel.ddp", "reduce_scatter", comm.shard_of, [ParallelConfig(1), ParallelConfig(2), ParallelConfig(3)]),
-    ("parallel.zero", "all_gather", lambda *_: None, [ParallelConfig(1), ParallelConfig(2)]),
+    ("parallel.gather", "all_gather", lambda *_: None, [ParallelConfig(1), ParallelConfig(2)]),
     ("parallel.gather", "all_gather", only_mine, [ParallelConfig(3)]),
     ("parallel.zero", "sum_equal", lambda norm, group: norm, [ParallelConfig(1), ParallelConfig(3)]),
     ("train", "sum_equal", lambda losses, group: losses, [ParallelConfig(0)]),
@@ -380,10 +381,10 @@ def watch_blocks():
     replaced = mock.patch("minitrain.parallel.ddp.reduce_scatter", reduce_scatter)
     with mock.patch("minitrain.parallel.gather.all_gather", gather), replaced:
         forward_backward(model, make_rows(0, 2), plain_loss, 1.0, ALONE, opt.backward)
-    row = ["0", "1", "forward 0", "2", "forward 1", "3", "forward 2", "forward 3"]
+    row = ["1", "forward 0", "2", "forward 1", "3", "forward 2", "forward 3"]
     row += ["backward 3", "2", "sum norm", "1", "sum layers", "backward 2", "0", "sum layers", "backward 1"]  # 3 stayed
     row += ["sum layers", "backward 0", "sum layers", "sum embed_tokens"]
-    assert seen == ["embed_tokens", "norm", *row, *row]
+    assert seen == ["embed_tokens", "0", "norm", *row, "0", *row]
     assert max(counts) == 2
     assert not any(opt.flats[key].untyped_storage().nbytes() for (key,) in opt.gathered.blocks)
 
@@ -475,13 +476,15 @@ def test_a_run_goes_on_under_any_stage_on_any_number_of_ranks(corpus, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("train", [(), (("compile", "on"), ("recompute", "full"))], ids=["plain", "compiled"])
-def test_two_gpus_equal_one(tmp_path, train):
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_gpus_equal_one(ranks, tmp_path, train):
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
     offload = ParallelConfig(3, offload="optimizer")
     cases = [(Case(model, 4, dtype="float64"), parallel, 1e-10) for model in MODELS for parallel in [*ZERO, offload]]
     if train:
         cases = [
             (Case(model, 4, "sgd", "bfloat16", train=train), p, 2e-2) for model in MODELS for p in [*ZERO, offload]
         ]
-    check(2, cases, tmp_path, "cuda")
+    check(ranks, cases, tmp_path, "cuda")

@@ -80,23 +80,19 @@ def bench(cfg: Config, documents: str, mesh: Mesh, balanced: bool, trace: Path) 
     pairs = []  # of each step
 
     def data():
-        for batches in made_up_rows(cfg, documents, mesh):
+        for step, batches in enumerate(made_up_rows(cfg, documents, mesh)):
             pairs.append(sum(batch.num_pairs for batch in batches))
+            if step == cfg.train.steps - _PROFILED:
+                synchronize()
+                profiler.start()
             yield batches
-
-    def on_step(step, model, extras):
-        left = cfg.train.steps - step
-        if left == _PROFILED:
-            synchronize()
-            profiler.start()
-        elif left == 0:
-            synchronize()
-            profiler.stop()
 
     model = build_model(cfg.model)
     if balanced:
         balance(model)
-    mt.train(cfg, model=model, data=data(), on_step=on_step)
+    mt.train(cfg, model=model, data=data())
+    synchronize()
+    profiler.stop()
     if mesh.rank > 0:
         return {}, [], 0
     profiler.export_chrome_trace(str(trace))

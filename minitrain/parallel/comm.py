@@ -147,12 +147,21 @@ def _all_rows(x: Tensor, num_tokens: int, group: Group) -> Tensor:
     """Each rank's rows -> all."""
     whole = x.new_empty(group.size * len(x), *x.shape[1:])
     all_gather(whole, x.contiguous(), group)
-    return whole[:num_tokens]
+    return whole if len(whole) == num_tokens else whole[:num_tokens]
 
 
 def _filled(x: Tensor, group: Group) -> Tensor:
     """With rows of zeros, up to a multiple of the ranks."""
-    return torch.cat([x, x.new_zeros(-len(x) % group.size, *x.shape[1:])])
+    missing = -len(x) % group.size
+    return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
+
+
+def _sum_rows(x: Tensor, group: Group) -> Tensor:
+    """All rows, partial -> this rank's, summed."""
+    whole = _filled(x, group).contiguous()
+    mine = whole.new_empty(len(whole) // group.size, *x.shape[1:])
+    _reduce_scatter(mine, whole, group=group.handle)
+    return mine
 
 
 class GatherTokens(torch.autograd.Function):
@@ -165,7 +174,7 @@ class GatherTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d):
-        return reduce_scatter(_filled(d, ctx.group), ctx.group).clone(), None, None
+        return _sum_rows(d, ctx.group), None, None
 
 
 class ScatterTokens(torch.autograd.Function):
@@ -174,7 +183,7 @@ class ScatterTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
         ctx.group, ctx.num_tokens = group, len(x)
-        return reduce_scatter(_filled(x, group), group).clone()
+        return _sum_rows(x, group)
 
     @staticmethod
     def backward(ctx, d):

@@ -5,6 +5,7 @@
             summed over other ranks (p.grad_sum_on, such as experts) are a unit of their own
     row     forward and backward of one micro-batch; the gradients of a unit are summed over ranks when its block's
             backward is over: in the last row only, or (ZeRO 2 and 3, which keep a shard of the sum) in every row
+    local   a unit that no other rank has a part or a copy of: its gradients stay as they come, as in one process
 
 Which unit is summed when depends on the model alone, never on which parameters got a gradient: every rank issues the
 same collectives in the same order. Read next: zero.py.
@@ -13,11 +14,12 @@ same collectives in the same order. Read next: zero.py.
 import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
 
+from minitrain.multi_tensor import add_
 from minitrain.parallel.comm import Group, Lane, all_reduce, reduce_scatter, shard_of
 from minitrain.parallel.mesh import Mesh
 
@@ -34,11 +36,13 @@ class Unit:
 
     def __init__(self, params: dict[str, nn.Parameter], shard: Group, replica: Group, ends: Group):
         self.params, self.shard, self.replica, self.ends = params, shard, replica, ends
-        self.starts, end = {}, 0
+        self.starts, self.gaps, end = {}, [], 0  # gaps: first .. last + 1 of elements that belong to no parameter
         for name, p in params.items():
-            self.starts[name] = end
-            end += _round_up(p.numel(), _ALIGN)
+            start = _round_up(end, _ALIGN)
+            self.gaps.append((end, start))
+            self.starts[name], end = start, start + p.numel()
         self.numel = _round_up(end, shard.size * _ALIGN)
+        self.gaps.append((end, self.numel))
         self.shard_numel = self.numel // shard.size
 
     def view(self, flat: Tensor, name: str) -> Tensor:
@@ -110,25 +114,41 @@ def row_buffers(units: dict[str, Unit]) -> dict[int, int]:
     return {unit.numel: 2 if unit.numel in blocks else 1 for unit in units.values()}
 
 
+def added(total: Tensor | None, grad: Tensor) -> Tensor:
+    """A sum of gradients and one more: the first is taken as it is, which loses nothing; sums are in fp32."""
+    if total is None:
+        return grad
+    wide = torch.promote_types(total.dtype, torch.float32)
+    if total.dtype != wide:
+        first, total = total, torch.empty_like(total, dtype=wide, memory_format=torch.contiguous_format)
+        add_(total, first, is_first=True)
+    add_(total, grad, is_first=False)
+    return total
+
+
 class Gradients:
-    """Sums over rows and ranks. sums[unit]: this rank's shard, complete after finish(); the whole under ZeRO 0.
+    """Sums over rows and ranks: of() has those of this rank after finish(), until clear().
 
     parameters' own .grad is emptied as soon as it is there, so a bf16 gradient lives for a moment only.
     """
 
     def __init__(self, model: nn.Module, units: dict[str, Unit], mesh: Mesh, zero: int, reduce_dtype: torch.dtype):
         self.units, self.mesh, self.lane = units, mesh, Lane(mesh.device)
+        self.local = {key for key, unit in units.items() if unit.shard.size == unit.replica.size == unit.ends.size == 1}
+        self.own: dict[str, Tensor] = {}  # of the parameters of local units
         self.keeps_shard = {key for key, unit in units.items() if zero >= 2 and unit.shard.size > 1}
         self.is_last, self.done, self.got = False, set(), set()  # units summed in this row; names with a gradient
+        self.held = set()  # names whose gradient is in `into`; units of which `flat` has the sum of a row
         dtype = torch.promote_types(next(iter(units.values())).dtype, torch.float32)
         self.reduce_dtype = reduce_dtype if reduce_dtype == torch.bfloat16 else dtype
         self.flat = {
             key: torch.zeros(u.shard_numel if key in self.keeps_shard else u.numel, dtype=dtype, device=mesh.device)
             for key, u in units.items()
+            if key not in self.local
         }
         self.sums = {
             key: f if key in self.keeps_shard else shard_of(f, units[key].shard) for key, f in self.flat.items()
-        }
+        }  # complete after finish(); under ZeRO 0 the whole
         self.into: dict[str, Tensor] = {}  # to which this row's gradients of a unit are added
         self.pools = {}
         for numel, count in row_buffers({key: units[key] for key in units if key in self.keeps_shard}).items():
@@ -172,12 +192,19 @@ class Gradients:
                 f"{name} got a gradient after those of {key} were summed over the ranks: it is used by another module, "
                 "or its block runs twice; that works in one process only"
             )
-        if key not in self.into:
-            unit = self.units[key]
-            self.into[key] = self.pools[unit.numel].take() if key in self.keeps_shard else self.flat[key]
-        self.units[key].view(self.into[key], name).add_(p.grad)
+        if key in self.local:
+            self.own[name] = added(self.own.get(name), p.grad)
+        else:
+            self._add_to_flat(self.units[key], key, name, p.grad)
         self.got.add(name)
         p.grad = None
+
+    def _add_to_flat(self, unit, key, name, grad):
+        if key not in self.into:
+            self.into[key] = self.pools[unit.numel].take() if key in self.keeps_shard else self.flat[key]
+        place = unit.view(self.into[key], name)
+        add_(place, grad, is_first=name not in self.held)
+        self.held.add(name)
 
     @torch.no_grad()
     def _sum_over_ranks(self, keys: list[str]) -> None:
@@ -187,16 +214,34 @@ class Gradients:
             if key in self.keeps_shard:
                 pool = self.pools[unit.numel]
                 row = self.into.pop(key) if key in self.into else pool.take()  # other ranks may have gradients here
+                self._clear_others(unit, row)
                 with self.lane.beside():
-                    self.flat[key].add_(reduce_scatter(row, unit.shard))
+                    shard = reduce_scatter(row, unit.shard)
+                    if key in self.held:
+                        self.flat[key].add_(shard)
+                    else:
+                        self.flat[key].copy_(shard)
                     if self.is_last:
                         self._all_reduce(self.flat[key], unit.replica)
                 pool.give_back(row)
-            elif self.is_last:
+                self.held -= unit.params.keys()
+                self.held.add(key)
+            elif self.is_last and key not in self.local:
+                self._clear_others(unit, self.flat[key])
                 with self.lane.beside():
                     narrow = self.flat[key].to(self.reduce_dtype)
-                    self.sums[key].copy_(reduce_scatter(narrow, unit.shard))
+                    shard = reduce_scatter(narrow, unit.shard)
+                    if narrow is not self.flat[key]:  # else it is there
+                        self.sums[key].copy_(shard)
                     self._all_reduce(self.sums[key], unit.replica)
+
+    def _clear_others(self, unit: Unit, flat: Tensor) -> None:
+        """Parameters of which this rank has no gradient, and what lies between: another unit may have written there."""
+        for name in unit.params.keys() - self.held:
+            unit.view(flat, name).zero_()
+        for start, end in unit.gaps:
+            if end > start:
+                flat[start:end].zero_()
 
     def _all_reduce(self, shard: Tensor, replica: Group) -> None:
         if replica.size > 1:
@@ -216,8 +261,21 @@ class Gradients:
         self.got.clear()
         return {name for name, count in zip(names, counts.tolist(), strict=True) if count}
 
+    def of(self, key: str) -> dict[str, Tensor]:
+        """{name: this rank's piece of its gradient, 1-D}, of a unit; zeros where it has none."""
+        unit = self.units[key]
+        if key not in self.local:
+            return {name: unit.piece(self.sums[key], name, unit.shard.rank) for name in unit.params}
+        return {n: self.own[n].flatten() if n in self.own else p.new_zeros(p.numel()) for n, p in unit.params.items()}
+
+    def tensors(self, keys: Collection[str]) -> list[Tensor]:
+        """All of these units' that this rank has, in any shape."""
+        local = [self.own[n] for key in keys if key in self.local for n in self.units[key].params if n in self.own]
+        return local + [self.sums[key] for key in keys if key not in self.local]
+
     def clear(self) -> None:
-        torch._foreach_zero_(list(self.flat.values()))
+        self.held.clear()
+        self.own.clear()
 
     def close(self) -> None:
         """Let go of the model."""
@@ -226,7 +284,7 @@ class Gradients:
 
 
 class _Pool:
-    """Flat tensors of one size, used in turn; a model that fills more of them at a time gets more."""
+    """Flat tensors of one size, used in turn, of one unit or another; a model that fills more at a time gets more."""
 
     def __init__(self, numel: int, count: int, dtype: torch.dtype, device: torch.device, lane: Lane):
         self.lane = lane
@@ -234,10 +292,10 @@ class _Pool:
         self.free = [(self.make(), None) for _ in range(count)]
 
     def take(self) -> Tensor:
-        """One of zeros, as soon as its last use is over."""
+        """One that holds anything, as soon as its last use is over."""
         buffer, mark = self.free.pop(0) if self.free else (self.make(), None)
         self.lane.wait(mark)
-        return buffer.zero_()
+        return buffer
 
     def give_back(self, buffer: Tensor) -> None:
         """Its last use is queued on the lane."""

@@ -1,4 +1,8 @@
-"""ZeRO 3: weights that are whole only while their block runs.
+"""Weights that come from all ranks while the model already runs.
+
+ZeRO 1 and 2 (ArrivingWeights): after a step, each block's new weights come while the blocks before it run.
+
+ZeRO 3 (GatheredWeights): weights are whole only while their block runs.
 
     forward      block i runs | i + 1 is on its way            then i's are gone again
     backward     block i runs | i - 1 is on its way            then i's are gone again
@@ -20,6 +24,45 @@ from minitrain.parallel.comm import Lane, all_gather
 from minitrain.parallel.ddp import Unit, blocks_of, keys_of, on_gradient
 
 
+class ArrivingWeights:
+    """flats[unit]: the weights, of which shards[unit], a view, is this rank's part."""
+
+    def __init__(self, model: nn.Module, units: dict[str, Unit], flats: dict[str, Tensor], shards: dict[str, Tensor]):
+        self.lane = Lane(next(iter(flats.values())).device)
+        self.units, self.flats, self.shards = units, flats, shards
+        self.marks = {}  # units that are on their way
+        blocks = {key: block for key, block in blocks_of(model).items() if keys_of(key, units)}
+        self.ahead, self.behind = _outside(model, units)
+        self.hooks = [model.register_forward_pre_hook(lambda *_: self.use(*self.ahead))]
+        for key, block in blocks.items():
+            use_this = functools.partial(self.use, *keys_of(key, units))
+            self.hooks.append(block.register_forward_pre_hook(lambda *_, use=use_this: use()))
+        for block in list(blocks.values())[-1:]:
+            self.hooks.append(block.register_forward_hook(lambda *_: self.use(*self.behind)))
+
+    def send(self) -> None:
+        """This rank's shards to all: in the order in which forward needs them."""
+        blocks = [key for key in self.units if key not in (*self.ahead, *self.behind)]
+        for key in (*self.ahead, *blocks, *self.behind):
+            with self.lane.beside():
+                all_gather(self.flats[key], self.shards[key], self.units[key].shard)
+            self.marks[key] = self.lane.mark()
+
+    def use(self, *keys: str) -> None:
+        """From here on the computation finds these weights."""
+        for key in keys:
+            self.lane.wait(self.marks.pop(key, None))
+
+    def use_all(self) -> None:
+        self.use(*self.units)
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self.use_all()
+        for hook in self.hooks:
+            hook.remove()
+
+
 class GatheredWeights:
     """shards[unit]: this rank's weights, for good. flats[unit]: all ranks', while they are there, at first not."""
 
@@ -38,7 +81,7 @@ class GatheredWeights:
                 p.unit = (self, key)
         blocks = {key: block for key, block in blocks_of(model).items() if keys_of(key, units)}
         self.blocks = [keys_of(key, units) for key in blocks]
-        self.others = [key for key in units if key.split("/")[0] not in blocks]
+        self.ahead, self.behind = _outside(model, units)
         self.first, self.last = {}, set()  # block of each part of a pipeline's stage, of which most models have one
         for part in getattr(model, "parts", [model]):
             if own := [i for i, key in enumerate(blocks) if key.removeprefix("layers.") in part.layers]:
@@ -84,10 +127,11 @@ class GatheredWeights:
         self.shown = key
 
     def _before_model(self, part: nn.Module, _args) -> None:
-        self.gather(*self.others)
+        self.gather(*self.ahead)
         if part in self.first:
             self.gather(*self.blocks[self.first[part]])
-        self.use(*self.others)
+        self.gather(*self.behind)
+        self.use(*self.ahead)
 
     def _before_block(self, i: int, _module, args) -> None:
         self.use(*self.blocks[i])
@@ -96,6 +140,8 @@ class GatheredWeights:
         on_gradient(args[0], functools.partial(self._backward_leaves, i))
 
     def _after_block(self, i: int, _module, _args, y_TD: Tensor) -> None:
+        if i in self.last:
+            self.use(*self.behind)
         if i in self.last and y_TD.requires_grad:  # backward begins here
             on_gradient(y_TD, functools.partial(self._backward_enters, i))
         else:
@@ -110,6 +156,14 @@ class GatheredWeights:
         self.free(*self.blocks[i])
         if i not in self.first.values():
             self._backward_enters(i - 1)
+
+
+def _outside(model: nn.Module, units: dict[str, Unit]) -> tuple[list[str], list[str]]:
+    """Units that are in no block: those that the model needs before its blocks, and those behind the last that is."""
+    outside = [key for key in units if key.split("/")[0] not in blocks_of(model)]
+    children = [name for name, _ in model.named_children()]
+    behind = children[children.index("layers") + 1 :] if len(outside) < len(units) else []
+    return [key for key in outside if key not in behind], [key for key in outside if key in behind]
 
 
 def _set_data(pairs: list[tuple[nn.Parameter, Tensor]]) -> None:

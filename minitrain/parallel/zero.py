@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from minitrain.boxes import part_of
 from minitrain.config import ParallelConfig, UserError
 from minitrain.multi_tensor import global_norm
-from minitrain.parallel.comm import Group, all_gather, shard_of, sum_equal
-from minitrain.parallel.ddp import DENSE, Gradients, Unit, make_units
-from minitrain.parallel.gather import GatheredWeights
+from minitrain.parallel.comm import Group, shard_of, sum_equal
+from minitrain.parallel.ddp import DENSE, Gradients, Unit, added, make_units
+from minitrain.parallel.gather import ArrivingWeights, GatheredWeights
 from minitrain.parallel.mesh import Mesh
 from minitrain.parallel.offload import HostState
 from minitrain.parallel.owners import Owners
@@ -77,6 +77,9 @@ class MasterOptimizer:
         """Let go of the model: its gradients stay its own again."""
         for hook in self.hooks:
             hook.remove()
+
+    def settle(self) -> None:
+        """From here on all weights of the last step may be read, by other code than the model's forward."""
 
     def clip_grad_norm(self, max_norm: float, loss: Tensor | float = 0.0) -> Tensor:
         """Norm of the whole gradient, fp32 scalar on the device. The step will scale it down to max_norm (0: never).
@@ -225,19 +228,20 @@ class ShardedOptimizer(MasterOptimizer):
         self.params = dict(model.named_parameters())
         self.units = make_units(model, mesh)
         self.unit_of = {name: key for key, unit in self.units.items() for name in unit.params}
+        self.dtype = _wide(next(iter(self.units.values())).dtype)  # of masters
         self.is_sharded = any(unit.shard.size > 1 for unit in self.units.values())
         wants_whole = getattr(make, "shard", "piece") == "param"
         if wants_whole and mesh.group("tp").size > 1:
             raise UserError("this optimizer needs whole matrices, of which each rank has a part: parallel.tp must be 1")
         self.owners = Owners(self.units) if wants_whole and self.is_sharded else None
-        gathers = [key for key, unit in self.units.items() if cfg.zero == 3 and unit.shard.size > 1]
+        shared = [key for key, unit in self.units.items() if cfg.zero > 0 and unit.shard.size > 1]
         self.flats, self.shards = {}, {}  # what the model computes with, and this rank's part of it
         self.masters = {}
         for key, unit in self.units.items():
             flat = _flatten(unit, fill)
             self.masters |= self._make_masters(unit, on_host=cfg.offload == "optimizer" and flat.is_cuda)
             self.flats[key], self.shards[key] = flat, shard_of(flat, unit.shard)
-            if key in gathers:  # one unit is whole at a time
+            if cfg.zero == 3 and key in shared:  # one unit is whole at a time
                 self.shards[key] = self.shards[key].clone()
                 flat.untyped_storage().resize_(0)
             for name, piece in self._pieces(key, self.shards[key]).items() if self.owners is None else ():
@@ -249,8 +253,9 @@ class ShardedOptimizer(MasterOptimizer):
         if self.is_sharded or mesh.group("tp").size > 1:
             _check_shard(self.optimizer, make)
         self.host = HostState(self.optimizer, mesh.device) if cfg.offload == "optimizer" else None
-        parts = [{key: of[key] for key in gathers} for of in (self.units, self.flats, self.shards)]
-        self.gathered = GatheredWeights(model, *parts) if gathers else None
+        parts = [{key: of[key] for key in shared} for of in (self.units, self.flats, self.shards)]
+        self.gathered = GatheredWeights(model, *parts) if shared and cfg.zero == 3 else None
+        self.arriving = ArrivingWeights(model, *parts) if shared and cfg.zero < 3 else None
         self.gradients = Gradients(model, self.units, mesh, cfg.zero, getattr(torch, cfg.reduce_dtype))
         self.grad_scale = self.broken = None
 
@@ -262,6 +267,7 @@ class ShardedOptimizer(MasterOptimizer):
                 shape = [1] * (p.ndim - 1) + [end - first] if end - first < p.numel() else p.shape
                 piece = p.detach().flatten()[first:end].to(_wide(p.dtype), copy=True).view(shape)
                 masters[name] = nn.Parameter(piece.cpu().pin_memory() if on_host else piece)
+                masters[name].grad_dtype = None  # any
         return masters
 
     def _span(self, name: str) -> tuple[int, int]:
@@ -278,18 +284,24 @@ class ShardedOptimizer(MasterOptimizer):
     def close(self) -> None:
         """Gradients are the model's own again. Under ZeRO 3 its weights stay shared out: all ranks run it together."""
         self.gradients.close()
+        if self.arriving:
+            self.arriving.close()
 
     # ---- one step
 
     def _grad_norm(self) -> Tensor:
         self.with_gradient = self.gradients.finish()
-        sums = self.gradients.sums
         firsts = [key for key, unit in self.units.items() if unit.replica.rank == unit.ends.rank == 0]
-        counted = [sums[key] for key in firsts]  # each once in all ranks
-        counted = counted or [next(iter(sums.values())).new_zeros(1)]
+        counted = self.gradients.tensors(firsts)  # each once in all ranks
+        counted = counted or [torch.zeros(1, dtype=self.dtype, device=self.mesh.device)]
         return sum_equal(global_norm(counted).square(), self.mesh.group("world")).sqrt()
 
+    def settle(self) -> None:
+        if self.arriving:
+            self.arriving.use_all()
+
     def _step_masters(self, names: list[str]) -> None:
+        self.settle()
         keys = list(self.units)
         if self.host is None:
             self._step_units(keys)
@@ -302,10 +314,12 @@ class ShardedOptimizer(MasterOptimizer):
     def _step_units(self, keys: list[str]) -> None:
         """Masters of these units, and from them this rank's shards of the weights."""
         for key in keys:
-            sums = self.gradients.sums[key]
-            grads = self._pieces(key, sums) if self.owners is None else self.owners.collect(key, sums)
-            for name in grads.keys() & self.with_gradient:  # of some rank; what none has stays as it is
-                self.masters[name].grad = grads[name].view_as(self.masters[name])
+            grads = self.gradients.of(key)
+            if self.owners and self.units[key].shard.size > 1:
+                grads = self.owners.collect(key, self.gradients.sums[key])
+            for name in self._names(key):
+                if name in self.with_gradient:  # of some rank; what none has stays as it is
+                    self.masters[name].grad = grads[name].view_as(self.masters[name])
         super()._step_masters([name for key in keys for name in self._names(key)])
         self._hand_out(keys)
 
@@ -319,9 +333,8 @@ class ShardedOptimizer(MasterOptimizer):
         """This rank's shards into the weights of all."""
         if self.gathered:
             self.gathered.free_all()
-        for key, flat in self.flats.items():
-            if self.gathered is None or key not in self.gathered.flats:
-                all_gather(flat, self.shards[key], self.units[key].shard)
+        if self.arriving:
+            self.arriving.send()
 
     def _names(self, key: str) -> list[str]:
         return [name for name in self.units[key].params if name in self.masters]
@@ -405,13 +418,10 @@ def _master(p: nn.Parameter) -> nn.Parameter:
 
 
 def _grad_mover(master: nn.Parameter) -> Callable[[Tensor], None]:
-    """Called with a parameter whose gradient is complete for this row: adds it to the master's.
-
-    The first is taken as it is, which loses nothing; sums are in fp32.
-    """
+    """Called with a parameter whose gradient is complete for this row: adds it to the master's."""
 
     def move(p):
-        master.grad = p.grad if master.grad is None else master.grad.to(master.dtype).add_(p.grad)
+        master.grad = added(master.grad, p.grad)
         p.grad = None
 
     return move
