@@ -137,8 +137,7 @@ class Checkpointer:
         saved = Saved(path)
         if saved.manifest["step"] != int(path.name[5:]):
             raise Damaged(f"{path}: its manifest is of step {saved.manifest['step']}")
-        for file in saved.files[self.mesh.rank :: self.mesh.size]:
-            saved.verify(file)
+        saved.verify(self.mesh.rank, self.mesh.size)
         self._check_fits(path, saved)
 
     def _check_fits(self, path: Path, saved: Saved) -> None:

@@ -60,8 +60,7 @@ def checkpoints(cfg):
     for path in (Path(cfg.run_dir) / "checkpoints").glob("step-*"):
         if not path.suffix:
             saved = found[int(path.name[5:])] = Saved(path)
-            for file in saved.files:
-                saved.verify(file)
+            saved.verify()
     return found
 
 
