@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
+from minitrain import fused_attention
+
 log = logging.getLogger(__name__)
 
 
@@ -40,27 +42,10 @@ def attention(
     backend: a key of BACKENDS, or None / "auto" for the fastest that can run these inputs; it says once which.
     Raises ValueError naming the argument, or why a backend asked for by name cannot run.
     """
-    _check(q_THC, k_SKC, v_SKC, cu_seqlens_q, cu_seqlens_k)
+    fused_attention.check_tensors(q_THC, k_SKC, v_SKC, cu_seqlens_q, cu_seqlens_k)
     equal_lengths = _equal_lengths(q_THC, k_SKC, cu_seqlens_q, max_seqlen)
     name = choose(backend or "auto", q_THC.device.type, q_THC.dtype, q_THC.shape[-1], equal_lengths, window is not None)
     return BACKENDS[name](q_THC, k_SKC, v_SKC, cu_seqlens_q, cu_seqlens_k, max_seqlen, window)
-
-
-def _check(q, k, v, cu_q, cu_k):
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 3:
-            raise ValueError(
-                f"attention: {name} has shape {tuple(x.shape)}; packed tokens are (tokens, heads, channels)"
-            )
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"attention: {name} is {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}")
-    if k.shape != v.shape or k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"attention: shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"attention: {q.shape[1]} query heads are not a multiple of {k.shape[1]} key/value heads")
-    for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
-        if cu.ndim != 1 or cu.dtype != torch.int32 or cu.device != q.device or len(cu) != len(cu_q):
-            raise ValueError(f"attention: {name} must be (documents + 1,) int32 on {q.device}, as long as its twin")
 
 
 def _equal_lengths(q, k, cu_q, max_seqlen) -> bool:
@@ -84,8 +69,6 @@ class Facts(NamedTuple):
 def why_not(name: str, facts: Facts) -> str | None:
     """Why this backend cannot run here, or None if it can."""
     if name == "native":
-        from minitrain import fused_attention  # on use only: who reads the models need not read it
-
         return fused_attention.why_not(facts.device, facts.dtype, facts.head_dim)
     if name == "xformers" and torch.are_deterministic_algorithms_enabled():
         return "its backward is not deterministic"
@@ -181,10 +164,8 @@ def reference(q_THC, k_SKC, v_SKC, cu_q, cu_k, max_seqlen, window):
 
 def native(q_THC, k_SKC, v_SKC, cu_q, cu_k, max_seqlen, window):
     """Our CUDA kernels (fused_attention.py), no host sync; deterministic where torch's algorithms are to be."""
-    from minitrain.fused_attention import fused_attention
-
     deterministic = torch.are_deterministic_algorithms_enabled()
-    out_THC, _ = fused_attention(
+    out_THC, _ = fused_attention.fused_attention(
         q_THC, k_SKC, v_SKC, cu_q, cu_k, max_seqlen, window=window, deterministic=deterministic
     )
     return out_THC

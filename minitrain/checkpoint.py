@@ -15,6 +15,7 @@ Between the parts of a save ranks tell each other how it went: what one of them 
 import contextlib
 import functools
 import logging
+import math
 import os
 import platform
 import shutil
@@ -136,8 +137,7 @@ class Checkpointer:
         saved = Saved(path)
         if saved.manifest["step"] != int(path.name[5:]):
             raise Damaged(f"{path}: its manifest is of step {saved.manifest['step']}")
-        for file in saved.files[self.mesh.rank :: self.mesh.size]:
-            saved.verify(file)
+        saved.verify(self.mesh.rank, self.mesh.size)
         self._check_fits(path, saved)
 
     def _check_fits(self, path: Path, saved: Saved) -> None:
@@ -291,7 +291,7 @@ class Checkpointer:
 
     def _publish(self, tmp: Path, path: Path, about: dict, loss: float | None, parts: list[dict]) -> None:
         best = self.best
-        if loss is not None and (best is None or loss < best["loss"]):
+        if loss is not None and loss < (best["loss"] if best else math.inf):  # which NaN is not
             best = {"step": about["step"], "loss": loss}
         with _named(tmp / "manifest.json"):
             write_manifest(tmp, {**about, "best": best}, parts)

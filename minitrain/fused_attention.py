@@ -46,7 +46,7 @@ def fused_attention(
     kernel: "hopper" (capability 9.0), "portable" (8.0 and later), or "auto", the faster one that can run.
     Raises ValueError naming the argument. Sums and softmax in fp32. Algorithm: Dao 2023, arXiv:2307.08691.
     """
-    _check_tensors(q_THC, k_SKC, v_SKC, cu_seqlens_q, cu_seqlens_k)
+    check_tensors(q_THC, k_SKC, v_SKC, cu_seqlens_q, cu_seqlens_k)
     C = q_THC.shape[-1]
     if window is not None and (not causal or window < 0):
         raise ValueError(f"fused_attention: window={window} needs causal=True, and must be at least 0")
@@ -74,6 +74,24 @@ def merge(out_a_THC: Tensor, lse_a_HT: Tensor, out_b_THC: Tensor, lse_b_HT: Tens
 
     out_THC = (share(out_a_THC, lse_a_HT) + share(out_b_THC, lse_b_HT)).to(out_a_THC.dtype)
     return out_THC, lse_HT.masked_fill(blind_HT, -torch.inf)
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> None:
+    """ValueError naming the argument whose shape, dtype or device does not fit the others'; the values are not read."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 3:
+            raise ValueError(
+                f"attention: {name} has shape {tuple(x.shape)}; packed tokens are (tokens, heads, channels)"
+            )
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"attention: {name} is {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}")
+    if k.shape != v.shape or k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"attention: shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
+    if not q.shape[1] or not k.shape[1] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"attention: {q.shape[1]} query heads are not a multiple of {k.shape[1]} key/value heads")
+    for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
+        if cu.ndim != 1 or cu.dtype != torch.int32 or cu.device != q.device or not 0 < len(cu) == len(cu_q):
+            raise ValueError(f"attention: {name} must be (documents + 1,) int32 on {q.device}, as long as its twin")
 
 
 def check_documents(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_queries: int, num_keys: int) -> None:
@@ -120,21 +138,6 @@ def _is_hopper(kernel: str, device_type: str, device: int | None, dtype: torch.d
             "fused_attention: kernel='hopper' needs capability 9.0, a build for 90a, and head dim 64 or 128"
         )
     return can and kernel != "portable"
-
-
-def _check_tensors(q, k, v, cu_q, cu_k):
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 3:
-            raise ValueError(f"fused_attention: {name} has shape {tuple(x.shape)}, not (tokens, heads, channels)")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"fused_attention: {name} is {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}")
-    if k.shape != v.shape or k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"fused_attention: shapes differ: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
-    if not q.shape[1] or not k.shape[1] or q.shape[1] % k.shape[1]:
-        raise ValueError(f"fused_attention: {q.shape[1]} query heads are no multiple of {k.shape[1]} key/value heads")
-    for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
-        if cu.ndim != 1 or cu.dtype != torch.int32 or cu.device != q.device or not 0 < len(cu) == len(cu_q):
-            raise ValueError(f"fused_attention: {name} must be (documents + 1,) int32 on {q.device}, as its twin")
 
 
 # ---- the ops

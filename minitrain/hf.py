@@ -16,6 +16,7 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
+from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -212,26 +213,25 @@ def load_weights(model: nn.Module, folder: Path, names: Collection[str] | None =
     names: into these parameters only. model.source remembers the folder, so that its tokenizer can go with the model.
     """
     parts = hub_parts(model)
-    files = _weight_files(folder)
-    ignored = {name for name in files if name.endswith("rotary_emb.inv_freq")}  # old Llama files store this buffer
+    held = _open_weights(folder)
+    ignored = {name for name in held if name.endswith("rotary_emb.inv_freq")}  # old Llama files store this buffer
     if model.config.tie_word_embeddings:
         ignored.add("lm_head.weight")  # some tied models on the Hub store it twice
-    ignored |= {name for name in files if _is_of_another_stage(name, model)}
-    if missing := sorted(parts.keys() - files.keys()):
-        raise UserError(f"{folder}: lacks {_listed(missing, sorted(files.keys() - parts.keys()))}")
-    if extra := sorted(files.keys() - parts.keys() - ignored):
+    ignored |= {name for name in held if _is_of_another_stage(name, model)}
+    if missing := sorted(parts.keys() - held.keys()):
+        raise UserError(f"{folder}: lacks {_listed(missing, sorted(held.keys() - parts.keys()))}")
+    if extra := sorted(held.keys() - parts.keys() - ignored):
         raise UserError(f"{folder}: holds tensors that the model has not: {_listed(extra, sorted(parts))}")
     wanted = {hub: (p, e) for hub, (name, p, e) in parts.items() if names is None or name in names}
-    readers = {file: open_safetensors(folder / file) for file in sorted({files[name] for name in wanted})}
     for name, (p, expert) in wanted.items():
-        reader = readers[files[name]]
+        file, reader = held[name]
         shape = tuple(reader.get_slice(name).get_shape())
         whole = tuple(part_of(p).shape)[0 if expert is None else 1 :]
         if shape != whole:
-            raise UserError(f"{folder / files[name]}: {name} has shape {shape}, the model's is {whole}")
+            raise UserError(f"{folder / file}: {name} has shape {shape}, the model's is {whole}")
         tensor = reader.get_tensor(name)
         if not tensor.is_floating_point():
-            raise UserError(f"{folder / files[name]}: {name} is {tensor.dtype}, not a floating-point tensor")
+            raise UserError(f"{folder / file}: {name} is {tensor.dtype}, not a floating-point tensor")
         if (part := _hub_part(part_of(p), expert)) is not None:
             _values(p, expert).copy_(take(tensor, part.box))
     model.source = folder
@@ -246,9 +246,9 @@ def _is_of_another_stage(hub: str, model: nn.Module) -> bool:
     return child in ("embed_tokens", "norm", "lm_head") and getattr(model, child) is None
 
 
-def _weight_files(folder: Path) -> dict[str, str]:
-    """{tensor: file}, read from the files' own headers and checked against the index where there is one."""
-    index = folder / "model.safetensors.index.json"
+def _open_weights(folder: Path) -> dict[str, tuple[str, safe_open]]:
+    """{tensor: (file, its reader)}, as the files' own headers say, checked against the index where there is one."""
+    index, weight_map, files = folder / "model.safetensors.index.json", {}, ["model.safetensors"]
     if index.exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
@@ -256,20 +256,21 @@ def _weight_files(folder: Path) -> dict[str, str]:
         for name, file in weight_map.items():
             if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
                 raise UserError(f"{index}: {name} points to {file!r}, which is no safetensors file in this folder")
-        held = {}
-        for file in sorted(set(weight_map.values())):
-            held |= dict.fromkeys(open_safetensors(folder / file).keys(), file)
-        if wrong := [name for name, file in weight_map.items() if held.get(name) != file]:
-            raise UserError(f"{index}: {wrong[0]} is not in {weight_map[wrong[0]]}")
-        return held
-    if (folder / "model.safetensors").exists():
-        return dict.fromkeys(open_safetensors(folder / "model.safetensors").keys(), "model.safetensors")
-    if pickles := sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")):
-        raise UserError(
-            f"{folder}: {pickles[0]} is a pickle file, which can run code when read; convert it, for example with "
-            "transformers' save_pretrained, to model.safetensors"
-        )
-    raise UserError(f"{folder}: has neither model.safetensors nor model.safetensors.index.json")
+        files = sorted(set(weight_map.values()))
+    elif not (folder / "model.safetensors").exists():
+        if pickles := sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")):
+            raise UserError(
+                f"{folder}: {pickles[0]} is a pickle file, which can run code when read; convert it, for example with "
+                "transformers' save_pretrained, to model.safetensors"
+            )
+        raise UserError(f"{folder}: has neither model.safetensors nor model.safetensors.index.json")
+    held = {}
+    for file in files:
+        reader = open_safetensors(folder / file)
+        held |= dict.fromkeys(reader.keys(), (file, reader))
+    if wrong := [name for name, file in weight_map.items() if name not in held or held[name][0] != file]:
+        raise UserError(f"{index}: {wrong[0]} is not in {weight_map[wrong[0]]}")
+    return held
 
 
 def _listed(names: list[str], others: list[str]) -> str:

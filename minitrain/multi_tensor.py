@@ -7,9 +7,14 @@ from minitrain.extension import address, kernels, stream_of
 
 
 def can_step(params: list[Tensor]) -> bool:
-    """Whether adamw_ takes these: fp32 on a CUDA device, their `rounded` bf16, and the extension is built."""
-    is_bf16 = all(p.rounded.dtype == torch.bfloat16 for p in params if hasattr(p, "rounded"))
-    return kernels is not None and is_bf16 and all(p.is_cuda and p.dtype == torch.float32 for p in params)
+    """Whether adamw_ takes these: fp32 on a CUDA device, their `rounded` bf16, and the extension is built.
+
+    Known before the first step too, when offloaded masters are in host memory: by where their `rounded` are.
+    """
+    pairs = [(p, getattr(p, "rounded", p)) for p in params]
+    return kernels is not None and all(
+        p.dtype == torch.float32 and x.is_cuda and (x is p or x.dtype == torch.bfloat16) for p, x in pairs
+    )
 
 
 def adamw_(

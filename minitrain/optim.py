@@ -37,12 +37,15 @@ class AdamW(torch.optim.AdamW):
     """torch's; on a GPU the extension's kernel, which does in one pass over memory what a step has to do.
 
     There it takes gradients in bf16 or fp32, writes `rounded`, a bf16 tensor, of the parameters that have one, and may
-    keep its moments in bf16, rounded at random.
+    keep its moments in bf16, rounded at random, which elsewhere is a UserError.
     """
 
     def __init__(self, params, moments: torch.dtype = torch.float32, **options):
         super().__init__(params, **options)
         self.moments = moments
+        if moments != torch.float32 and not can_step([p for group in self.param_groups for p in group["params"]]):
+            name = str(moments).removeprefix("torch.")
+            raise UserError(f"optim.moments={name}: needs bf16 weights on a GPU, and the CUDA extension")
 
     @property
     def rounds(self) -> bool:
@@ -56,9 +59,6 @@ class AdamW(torch.optim.AdamW):
                 if p.grad is not None:
                     self._convert_moments(self.state[p])
         if not self.rounds:
-            if self.moments != torch.float32:
-                moments = str(self.moments).removeprefix("torch.")
-                raise UserError(f"optim.moments={moments}: needs bf16 weights on a GPU, and the CUDA extension")
             super().step()
             return
         for group in self.param_groups:

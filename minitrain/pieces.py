@@ -120,8 +120,18 @@ class Saved:
     def files(self) -> list[str]:
         return sorted(self.manifest["files"])
 
-    def verify(self, file: str) -> None:
-        """Every byte of a file, or Damaged with the file and the tensor."""
+    def verify(self, rank: int = 0, ranks: int = 1) -> None:
+        """Every byte of the files that are this rank's to read. Damaged names each file that is, and a tensor in it."""
+        damages = []
+        for file in self.files[rank::ranks]:
+            try:
+                self._verify_file(file)
+            except Damaged as error:
+                damages.append(str(error))
+        if damages:
+            raise Damaged("; ".join(damages))
+
+    def _verify_file(self, file: str) -> None:
         path, about = self.folder / file, self.manifest["files"][file]
         expected = {
             name: (tensor["dtype"], [piece["end"] - piece["first"]], piece["sha256"])

@@ -27,8 +27,9 @@ from minitrain.optim import adamw, lr_at
 from minitrain.parallel import compute_dtype, parallelize
 from minitrain.parallel.comm import sum_equal
 from minitrain.parallel.cp import share_tokens
+from minitrain.parallel.ddp import parts_of
 from minitrain.parallel.mesh import ALONE, Mesh, init_mesh
-from minitrain.parallel.pp import link_of, parts_of
+from minitrain.parallel.pp import link_of
 from minitrain.parallel.zero import shard_optimizer
 from minitrain.signals import EXIT_CODE, StopSignals
 from minitrain.validate import mean_loss, validate

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from minitrain.data import PackedData
+from minitrain.parallel.ddp import parts_of
 from minitrain.parallel.mesh import Mesh
-from minitrain.parallel.pp import link_of, parts_of, run
+from minitrain.parallel.pp import link_of, run
 
 _UNIT = 2**-20  # nats; sums of whole numbers are the same in any order, and so for any number of ranks
 

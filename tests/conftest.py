@@ -43,7 +43,7 @@ def seeded():
 
 
 # Ranks are forked from a process that has imported torch, and nothing else: spawning them anew takes seconds each.
-multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "minitrain.train"])
+multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "minitrain.train", "minitrain.attention"])
 
 
 def spawn(n, fn, *args, device="cpu"):

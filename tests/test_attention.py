@@ -233,17 +233,20 @@ def test_a_nan_stays_in_its_document(backend):
         (lambda q, k, v, a, b: (q, k[1:], v, a, b), r"k \(4, 2, 16\), v \(5, 2, 16\)"),
         (lambda q, k, v, a, b: (q[..., :8], k, v, a, b), r"q \(5, 4, 8\), k \(5, 2, 16\)"),
         (lambda q, k, v, a, b: (q[:, :3], k, v, a, b), "3 query heads are not a multiple of 2"),
+        (lambda q, k, v, a, b: (q, k[:, :0], v[:, :0], a, b), "4 query heads are not a multiple of 0"),
         (lambda q, k, v, a, b: (q, k, v, a.long(), b), "cu_seqlens_q must be"),
         (lambda q, k, v, a, b: (q, k, v, a, b.float()), "cu_seqlens_k must be"),
         (lambda q, k, v, a, b: (q, k, v, a[None], b), "cu_seqlens_q must be"),
         (lambda q, k, v, a, b: (q, k, v, a, b[1:]), "cu_seqlens_k must be"),
+        (lambda q, k, v, a, b: (q, k, v, a[:0], b[:0]), "cu_seqlens_q must be"),
         (lambda q, k, v, a, b: (q, k, v, a, b.to("meta")), "cu_seqlens_k must be"),
     ],
 )
-def test_wrong_arguments_are_named(change, message):
+@pytest.mark.parametrize("function", [attention, fused_attention.fused_attention])
+def test_wrong_arguments_are_named(function, change, message):
     q, k, v, cu_q, cu_k, max_seqlen = make(([2, 3], None))
     with pytest.raises(ValueError, match=message):
-        attention(*change(q, k, v, cu_q, cu_k), max_seqlen)
+        function(*change(q, k, v, cu_q, cu_k), max_seqlen)
 
 
 @pytest.mark.parametrize(

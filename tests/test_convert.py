@@ -92,6 +92,6 @@ def test_inspect_prints_and_verifies(corpus, tmp_path, capsys):
         content = bytearray(file.read_bytes())
         content[-1] ^= 1
         file.write_bytes(content)
-    refused(
-        inspect_checkpoint, [str(newest(cfg))], capsys, "00001.safetensors: damaged: rng.1.cpu is not what was written"
-    )
+    files = [newest(cfg).resolve() / f"rank-0000{i}.safetensors" for i in (0, 1)]
+    damages = "; ".join(f"{file}: damaged: rng.{i}.cpu is not what was written" for i, file in enumerate(files))
+    refused(inspect_checkpoint, [str(newest(cfg))], capsys, damages)

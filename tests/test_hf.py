@@ -20,6 +20,7 @@ from minitrain.models import build_model, init_weights, materialize, model_class
 from minitrain.models.layers import CausalLM
 from minitrain.models.llama import LlamaForCausalLM
 from minitrain.models.qwen3 import Qwen3ForCausalLM
+from minitrain.storage import open_safetensors
 
 
 @pytest.fixture
@@ -421,6 +422,13 @@ def test_an_index_that_points_out_of_the_folder_is_refused(sharded, target):
         target = target.replace("{folder}", str(sharded)).replace("{}", places[name])
     path, _ = edit_index(sharded, **{name: target})
     refused([str(path), name, "no safetensors file in this folder"], from_pretrained, sharded)
+
+
+def test_each_file_is_opened_once(sharded, monkeypatch):
+    opened = []
+    monkeypatch.setattr(hf, "open_safetensors", lambda path: opened.append(path) or open_safetensors(path))
+    from_pretrained(sharded)
+    assert sorted(opened) == sorted(sharded.glob("*.safetensors"))
 
 
 def test_an_index_that_is_not_true_is_refused(sharded):

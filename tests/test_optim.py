@@ -1,13 +1,16 @@
 """The optimizer: its update, the learning rate, master weights, clipping, NaN, and accumulation over rows."""
 
+import contextlib
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, tiny_run
 from torch import nn
 
+from minitrain import multi_tensor
 from minitrain.batch import IGNORE, Batch
 from minitrain.config import OptimConfig, UserError
 from minitrain.loss import cross_entropy
@@ -18,7 +21,7 @@ from minitrain.models.qwen3_moe import Qwen3MoeConfig
 from minitrain.multi_tensor import add_, global_norm
 from minitrain.optim import adamw, lr_at, muon, orthogonalize
 from minitrain.parallel.zero import MasterOptimizer
-from minitrain.train import forward_backward
+from minitrain.train import forward_backward, train
 
 
 class Lion(torch.optim.Optimizer):
@@ -540,11 +543,30 @@ def test_a_run_goes_on_without_the_kernel_from_bf16_moments():
     torch.testing.assert_close(p, twin, rtol=1e-4, atol=0)
 
 
-def test_bf16_moments_without_the_kernel_are_refused():
-    p = nn.Parameter(torch.ones(3))
-    p.grad = torch.ones(3)
+def test_bf16_moments_without_the_kernel_are_refused_before_the_run_begins(corpus, tmp_path):
+    cfg = tiny_run(corpus, tmp_path / "run", optim={"moments": "bfloat16"})
     with pytest.raises(UserError, match="moments=bfloat16: needs bf16 weights on a GPU, and the CUDA extension"):
-        adamw(OptimConfig(moments="bfloat16"))([p]).step()
+        train(cfg)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "master, rounded, on_gpu, kernels, fits",
+    [
+        (torch.float32, torch.bfloat16, True, "built", True),
+        (torch.float32, torch.bfloat16, True, None, False),
+        (torch.float32, torch.bfloat16, False, "built", False),
+        (torch.float32, torch.float32, True, "built", False),
+        (torch.float64, torch.bfloat16, True, "built", False),
+    ],
+)
+def test_bf16_moments_of_offloaded_masters_need_what_others_need(monkeypatch, master, rounded, on_gpu, kernels, fits):
+    """They are in host memory when the optimizer is made."""
+    monkeypatch.setattr(multi_tensor, "kernels", kernels)
+    p = nn.Parameter(torch.ones(3, dtype=master))
+    p.rounded = SimpleNamespace(dtype=rounded, is_cuda=on_gpu)
+    with contextlib.nullcontext() if fits else pytest.raises(UserError, match="moments=bfloat16"):
+        adamw(OptimConfig(moments="bfloat16"))([p])
 
 
 @pytest.mark.gpu

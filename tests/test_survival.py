@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import logging
+import math
 import multiprocessing
 import os
 import shutil
@@ -59,8 +60,7 @@ def checkpoints(cfg):
     for path in (Path(cfg.run_dir) / "checkpoints").glob("step-*"):
         if not path.suffix:
             saved = found[int(path.name[5:])] = Saved(path)
-            for file in saved.files:
-                saved.verify(file)
+            saved.verify()
     return found
 
 
@@ -366,6 +366,11 @@ def test_which_checkpoint_is_the_best_is_known_after_a_restart(corpus, tmp_path,
     assert best_of(cfg, monkeypatch, [4.5] * 4) == (4, [4, 12])
     cfg.train.steps = 14
     assert best_of(cfg, monkeypatch, [3.0] * 2) == (14, [14])
+
+
+def test_a_validation_loss_that_is_no_number_is_never_the_best(corpus, tmp_path, monkeypatch):
+    losses = [math.nan] * 5 + [5.0] * 2 + [math.nan] * 5
+    assert best_of(validated_run(corpus, tmp_path / "run"), monkeypatch, losses) == (6, [6, 12])
 
 
 def test_a_best_checkpoint_that_is_gone_is_none(corpus, tmp_path, monkeypatch):

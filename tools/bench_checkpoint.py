@@ -98,7 +98,7 @@ class Bench:
             rows["dd read"] = self.seconds(lambda: dd_read(path)), None
             saved, file = Saved(ckpt.folder / "latest"), f"rank-{self.mesh.rank:05}.safetensors"
             forget(saved.folder / file)
-            rows["verify"] = self.seconds(lambda: saved.verify(file)), None
+            rows["verify"] = self.seconds(lambda: saved.verify(self.mesh.rank, self.mesh.size)), None
             forget(saved.folder / file)
             rows["verify, load"] = self.seconds(ckpt.resume), None
         return rows

@@ -25,8 +25,7 @@ def convert(
 ) -> None:
     """UserError for a damaged checkpoint, and as save_pretrained."""
     saved = Saved(checkpoint.resolve())
-    for file in saved.files:
-        saved.verify(file)
+    saved.verify()
     config = saved.manifest["config"]
     model = build_model(model_class(config["model"]["type"]).config_class(**config["model"]))
     model.to(getattr(torch, dtype or saved.manifest["dtype"]))

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minitrain.attention import attention
 from minitrain.batch import Batch
 
 
@@ -146,6 +145,8 @@ class Attention(nn.Module):
     """Grouped-query attention over packed documents. `qk_norm` normalises each head of q and k before RoPE (Qwen3)."""
 
     def __init__(self, cfg: DecoderConfig, *, qkv_bias: bool = False, o_bias: bool = False, qk_norm: bool = False):
+        from minitrain.attention import attention  # not before a model is built: with it comes torch's compiler, 2 s
+
         super().__init__()
         D, C = cfg.hidden_size, cfg.head_dim  # C * H need not be D
         self.head_dim = C

@@ -5,7 +5,6 @@ import functools
 import torch
 from torch import nn
 
-from minitrain.attention import attention, choose
 from minitrain.config import TrainConfig, UserError
 from minitrain.parallel.cp import apply_cp
 from minitrain.parallel.ep import apply_ep
@@ -54,7 +53,16 @@ def compute_dtype(mesh: Mesh, cfg: TrainConfig) -> torch.dtype:
 
 def _use_attention(model, mesh, cfg):
     """On every module that calls minitrain's own attention; a user's function stays."""
-    ours = [m for m in model.modules() if _is_ours(getattr(m, "attention", None))]
+    from minitrain.attention import attention, choose  # on call only, as in models/layers.py
+
+    def is_ours(function) -> bool:
+        """minitrain's attention, or what an earlier parallelize made of it."""
+        function = getattr(function, "plain", function)
+        if isinstance(function, functools.partial):
+            return function.func is attention and function.keywords.keys() == {"backend"}
+        return function is attention
+
+    ours = [m for m in model.modules() if is_ours(getattr(m, "attention", None))]
     if cfg.attention != "auto":  # what cannot work is said now, not in the first step
         if not ours:
             raise UserError(f"train.attention={cfg.attention!r}: no module of the model calls minitrain's attention")
@@ -64,11 +72,3 @@ def _use_attention(model, mesh, cfg):
             raise UserError(f"train.attention: {error}") from None
     for module in ours:
         module.attention = functools.partial(attention, backend=cfg.attention)
-
-
-def _is_ours(function) -> bool:
-    """minitrain's attention, or what an earlier parallelize made of it."""
-    function = getattr(function, "plain", function)
-    if isinstance(function, functools.partial):
-        return function.func is attention and function.keywords.keys() == {"backend"}
-    return function is attention

@@ -76,6 +76,11 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     return {f"layers.{i}": block for i, block in getattr(model, "layers", {}).items()}
 
 
+def parts_of(model: nn.Module) -> list[nn.Module]:
+    """Of a pipeline's stage (pp.py); most, and a model without one, are one part: the model itself."""
+    return getattr(model, "parts", [model])
+
+
 def on_gradient(x_TD: Tensor, do: Callable[[], None]) -> None:
     """When backward has made the gradient of x: all that was computed from it is through, its source is not."""
     if torch.is_grad_enabled() and x_TD.requires_grad:
@@ -153,8 +158,8 @@ class Gradients:
         self.pools = {}
         for numel, count in row_buffers({key: units[key] for key in units if key in self.keeps_shard}).items():
             self.pools[numel] = _Pool(numel, count, self.reduce_dtype, mesh.device, self.lane)
-        self.of_part = {}  # the units of each part of a pipeline's stage, of which most models have one
-        for part in getattr(model, "parts", [model]):
+        self.of_part = {}  # the units of each part of the model
+        for part in parts_of(model):
             names = {name for name, _ in part.named_parameters()}
             self.of_part[part] = [key for key, unit in units.items() if unit.params.keys() & names]
         self.hooks = [

@@ -23,15 +23,15 @@ from minitrain.parallel.mesh import Mesh
 def apply_ep(model: nn.Module, mesh: Mesh) -> None:
     """Cut dimension 0 of what the model's TP_PLAN calls "experts", whose forward is (x_RD, counts_E) -> (R, D)."""
     patterns = [pattern for pattern, style in getattr(type(model), "TP_PLAN", {}).items() if style == "experts"]
+    exchanged = torch.compiler.disable(_exchanged)  # it reads counts: one clean break of a compiled caller's graph
     for name, module in model.named_modules():
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             for p in module.parameters():
                 cut(p, "ep", 0, mesh.group("ep"))
                 p.grad_sum_on = ("expert_dp",)
-            module.forward = functools.partial(_exchanged, module.forward, mesh.group("ep"))
+            module.forward = functools.partial(exchanged, module.forward, mesh.group("ep"))
 
 
-@torch.compiler.disable  # the host reads counts: one clean break of a compiled caller's graph
 def _exchanged(experts: Callable, group: Group, x_RD: Tensor, counts_E: Tensor) -> Tensor:
     """experts(x, counts) where rows and counts are those of all experts, and here are some of these."""
     send_ranks_E = counts_E.view(group.size, -1)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from minitrain.parallel.comm import Lane, all_gather
-from minitrain.parallel.ddp import Unit, blocks_of, keys_of, on_gradient
+from minitrain.parallel.ddp import Unit, blocks_of, keys_of, on_gradient, parts_of
 
 
 class ArrivingWeights:
@@ -82,8 +82,8 @@ class GatheredWeights:
         blocks = {key: block for key, block in blocks_of(model).items() if keys_of(key, units)}
         self.blocks = [keys_of(key, units) for key in blocks]
         self.ahead, self.behind = _outside(model, units)
-        self.first, self.last = {}, set()  # block of each part of a pipeline's stage, of which most models have one
-        for part in getattr(model, "parts", [model]):
+        self.first, self.last = {}, set()  # block of each part of the model
+        for part in parts_of(model):
             if own := [i for i, key in enumerate(blocks) if key.removeprefix("layers.") in part.layers]:
                 self.first[part] = own[0]
                 self.last.add(own[-1])

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from minitrain.batch import Batch
 from minitrain.config import UserError
 from minitrain.parallel.comm import Group, broadcast, gather_objects, receive, send
-from minitrain.parallel.ddp import DENSE
+from minitrain.parallel.ddp import DENSE, parts_of
 from minitrain.parallel.mesh import ALONE, Mesh
 
 _PARTS = {"embed_tokens", "layers", "norm", "lm_head"}
@@ -197,11 +197,6 @@ class Link:
 def link_of(model: nn.Module) -> Link:
     """Of one stage, where the model is whole."""
     return getattr(model, "link", None) or Link(ALONE)
-
-
-def parts_of(model: nn.Module) -> list[nn.Module]:
-    """Of a stage; of most the model itself."""
-    return getattr(model, "parts", [model])
 
 
 def run(model: nn.Module, batch: Batch) -> Tensor:
