@@ -15,7 +15,7 @@ import torch
 from conftest import TINY, read_metrics, tiny_run, write_corpus
 
 from minitrain import PackedData, Qwen3Config, Qwen3MoeConfig, UserError, build_model, train
-from minitrain.boxes import part_of, whole_box
+from minitrain.boxes import whole_box
 from minitrain.config import to_toml
 from minitrain.models import init_weights
 from minitrain.parallel.mesh import Mesh
@@ -336,15 +336,35 @@ def test_another_model_is_refused(stopped, other):
     refuse(dataclasses.replace(stopped, model=other), r"of another model: layers\..* is .* there and .* in the config")
 
 
-def test_state_of_a_parameter_that_the_model_has_not_is_refused(stopped):
-    saved = Saved(newest(stopped))
-    pieces = {
-        name: Piece(saved.read(name).clone(), shape, whole_box(shape)) for name, (_, shape) in saved.tensors.items()
-    }
-    pieces["optimizer.tail.weight.exp_avg"] = Piece(torch.ones(2), *part_of(torch.ones(2)))
+def rewrite(folder, change):
+    """A checkpoint with other tensors: change({name: values}) in place."""
+    saved = Saved(folder)
+    tensors = {name: saved.read(name).clone().view(shape) for name, (_, shape) in saved.tensors.items()}
+    change(tensors)
     about = {key: saved.manifest[key] for key in ("step", "data", "config", "dtype", "optimizer", "versions")}
-    part = write_pieces(newest(stopped) / "rank-00000.safetensors", pieces)
-    write_manifest(newest(stopped), about, [part])
+    pieces = {name: Piece(t, t.shape, whole_box(t.shape)) for name, t in tensors.items()}
+    write_manifest(folder, about, [write_pieces(folder / "rank-00000.safetensors", pieces)])
+
+
+@pytest.mark.parametrize("offload", ["", "optimizer"])
+def test_a_run_goes_on_from_moments_of_another_dtype_in_its_own(corpus, tmp_path, offload):
+    """As from a checkpoint that was written on a GPU; also in what it saves."""
+    cfg = tiny_run(corpus, tmp_path / "run", train={"steps": 6}, checkpoint={"every": 4}, parallel={"offload": offload})
+    run_until(5, cfg)
+
+    def narrow(tensors):
+        tensors.update({name: t.bfloat16() for name, t in tensors.items() if ".exp_avg" in name})
+
+    rewrite(newest(cfg), narrow)
+    train(cfg)
+    saved = Saved(newest(cfg))
+    assert {dtype for name, (dtype, _) in saved.tensors.items() if ".exp_avg" in name} == {torch.float32}
+    moments = saved.read("optimizer.embed_tokens.weight.exp_avg")
+    assert not moments.equal(moments.bfloat16().float())
+
+
+def test_state_of_a_parameter_that_the_model_has_not_is_refused(stopped):
+    rewrite(newest(stopped), lambda tensors: tensors.update({"optimizer.tail.weight.exp_avg": torch.ones(2)}))
     refuse(stopped, r"another model: it has optimizer\.tail\.weight\.exp_avg, and the config has no tail\.weight")
 
 

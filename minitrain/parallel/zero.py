@@ -51,6 +51,7 @@ def shard_optimizer(
 
 class MasterOptimizer:
     """Any torch.optim.Optimizer over the master weights of a model: make(list of fp32 Parameters) -> the optimizer.
+    Its use_loaded(), if it has one, is called when its state was loaded.
 
     masters: {parameter's name: its master}. Nothing here waits for the device, if the optimizer knows torch's
     grad_scale and found_inf (the fused ones do): a loss or norm that is no number then skips this step and all that
@@ -181,6 +182,8 @@ class MasterOptimizer:
             if end > first:
                 held = self.masters.get(name, self.params[name])
                 held.copy_(read(full_name, part_of(self.params[name]).box, first, end).view_as(held))
+        if hasattr(self.optimizer, "use_loaded"):
+            self.optimizer.use_loaded()
         self._use_loaded()
 
     def _use_loaded(self) -> None:
