@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -326,6 +327,30 @@ def test_what_an_optimizer_keeps_is_saved_or_refused(corpus, tmp_path):
 
     with pytest.raises(ValueError, match=r"Counting keeps embed_tokens\.weight\.steps=1; make it a tensor"):
         train(tiny_run(corpus, tmp_path / "run", train={"steps": 2}), optimizer=lambda params: Counting(params, lr=0.1))
+
+
+@pytest.mark.parametrize("offload", ["", "optimizer"])
+@pytest.mark.parametrize(
+    "keep, complaint",
+    [
+        (lambda o: o.param_groups[0].update(momentum=0.5), r"momentum=0\.5 in a group"),
+        (lambda o: o.param_groups[0].update(k=3), "k=3 in a group"),
+        (lambda o: o.state["all"].update(k=3), r"state\['all'\]"),
+        (lambda o: None, None),
+    ],
+    ids=["changed", "new", "global", "nothing"],
+)
+def test_what_an_optimizer_keeps_beside_its_parameters_is_refused(corpus, tmp_path, keep, complaint, offload):
+    """It would be lost: a checkpoint holds what state[p] has."""
+
+    class Keeping(torch.optim.SGD):
+        def step(self):
+            super().step()
+            keep(self)
+
+    cfg = tiny_run(corpus, tmp_path / "run", train={"steps": 2}, parallel={"offload": offload})
+    with pytest.raises(UserError, match=f"Keeping keeps {complaint}; make it") if complaint else nullcontext():
+        train(cfg, optimizer=lambda params: Keeping(params, lr=0.1))
 
 
 def test_data_of_another_tokenizer_than_the_pretrained_models_is_refused(corpus, tmp_path):
