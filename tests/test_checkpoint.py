@@ -136,6 +136,19 @@ def test_a_finished_run_stays_as_it_is(corpus, tmp_path):
     assert results(cfg) == before
 
 
+def test_a_run_that_goes_on_says_what_was_set_otherwise_and_when_nothing_is_left(stopped, caplog):
+    caplog.set_level("INFO")
+    other = {"optim": dataclasses.replace(stopped.optim, lr=0.5), "train": dataclasses.replace(stopped.train, seed=7)}
+    train(dataclasses.replace(stopped, **other))
+    said = [record.getMessage().strip() for record in caplog.records]
+    assert [line for line in said if " was " in line] == ["optim.lr was 0.01, is 0.5", "train.seed was 0, is 7"]
+    assert not any("done already" in line for line in said)
+    caplog.clear()
+    train(stopped)
+    said = [record.getMessage().strip() for record in caplog.records]
+    assert "optim.lr was 0.5, is 0.01" in said and "train.steps=6: all of them are done already" in said
+
+
 # ---- which folders there are
 
 
