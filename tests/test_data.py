@@ -3,6 +3,7 @@ itself which documents it was cut from, and what every target has to be."""
 
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -461,6 +462,7 @@ def test_a_large_shard_is_mapped_not_read(corpus):
     size, metadata = tokens.nbytes, _metadata(corpus)
     offsets = torch.arange(0, len(tokens) + 1, 4096)
     write_safetensors(corpus / "shard-00000.safetensors", {"tokens": tokens, "document_offsets": offsets}, metadata)
+    write_json(corpus / "report.json", {"shards": 1, "tokens": len(tokens)})
     del tokens
     before = resident_bytes()
     data = packed(corpus, tokens_per_row=4096, max_seqlen=4096)
@@ -479,6 +481,7 @@ def rewrite_shard(corpus, tokens, offsets, is_first=None, **metadata):
     if is_first is not None:
         tensors["is_first"] = torch.tensor(is_first)
     write_safetensors(corpus / "shard-00000.safetensors", tensors, metadata)
+    write_json(corpus / "report.json", {"shards": 1, "tokens": len(tokens)})
 
 
 def truncate_shard(corpus):
@@ -513,6 +516,16 @@ def test_an_unfit_folder_is_refused_in_one_line(corpus, complaint):
     with pytest.raises(UserError, match=complaint) as error:
         packed(corpus, vocab_size=101)
     assert "\n" not in str(error.value) and str(corpus) in str(error.value)
+
+
+def test_a_folder_that_lacks_a_shard_or_has_another_folders_is_refused(tmp_path):
+    whole, other = (counting(tmp_path / name, LENGTHS, shards=3) for name in ("whole", "other"))
+    (other / "shard-00001.safetensors").unlink()
+    with pytest.raises(UserError, match=r"other: holds 2 shards, and 3 by its report\.json; prepare again"):
+        packed(other)
+    shutil.copy(whole / "shard-00000.safetensors", other / "shard-00001.safetensors")
+    with pytest.raises(UserError, match=r"other: holds \d+ tokens, and 134 by its report\.json"):
+        packed(other)
 
 
 @pytest.mark.parametrize("path, complaint", [("", "data.path is not set"), ("/no/such/folder", "no such folder")])
