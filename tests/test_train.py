@@ -21,11 +21,13 @@ from minitrain import (
     train,
 )
 from minitrain.batch import IGNORE
-from minitrain.config import TrainConfig, UserError
+from minitrain.config import TrainConfig, UserError, load_config
+from minitrain.hf import default_config
 from minitrain.loss import cross_entropy
 from minitrain.models import init_weights
 from minitrain.parallel import parallelize
 from minitrain.parallel.mesh import Mesh
+from minitrain.pieces import Saved
 from minitrain.train import forward_backward
 
 CPU = Mesh(torch.device("cpu"))
@@ -221,6 +223,16 @@ def test_a_model_with_weights_is_trained_as_it_is(corpus, tmp_path):
     nn.init.normal_(model.lm_head.weight, std=1.0)
     trained = train(tiny_run(corpus, tmp_path / "run", train={"steps": 1}, optim={"lr": 0.0}), model=model)
     assert trained is model and losses(tmp_path / "run")[0] > 10  # its own weights, not fresh ones
+
+
+def test_a_runs_folder_describes_the_model_that_was_given(corpus, tmp_path):
+    larger = Qwen3Config(**{**TINY, "num_hidden_layers": 3})
+    train(tiny_run(corpus, tmp_path / "run", train={"steps": 1}), model=build_model(larger))
+    assert load_config(tmp_path / "run/config.toml", [], default_config).model == larger
+    assert Saved(tmp_path / "run/checkpoints/latest").manifest["config"]["model"]["num_hidden_layers"] == 3
+    with pytest.raises(UserError, match=r"data\.max_seqlen=32 is more than model\.max_position_embeddings=16"):
+        short = Qwen3Config(**TINY, max_position_embeddings=16)
+        train(tiny_run(corpus, tmp_path / "short"), model=build_model(short))
 
 
 def test_data_may_be_any_iterator_and_the_optimizer_any_function(corpus, tmp_path):
