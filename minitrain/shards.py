@@ -162,9 +162,11 @@ def _split(shards: list[Shard], cfg: DataConfig, only_validated: bool, setting: 
     *columns, held = (torch.cat(column) for column in zip(*columns, strict=True))
     pieces = Pieces(shards, *columns)
     trained, held_out = pieces.select(~held), pieces.select(held)
-    if not len((held_out if only_validated else trained).length):
-        raise UserError(
-            f"{setting}: holds no documents to use: {documents:,} in all, data.held_out={cfg.held_out}, "
-            f"{num_long:,} longer than data.max_seqlen={cfg.max_seqlen}"
-        )
+    uses = {"train": (trained, not only_validated), "validate": (held_out, only_validated or cfg.held_out > 0)}
+    for use, (pieces, is_needed) in uses.items():
+        if is_needed and not len(pieces.length):
+            raise UserError(
+                f"{setting}: holds no documents to {use} on: {documents:,} in all, data.held_out={cfg.held_out}, "
+                f"{num_long:,} longer than data.max_seqlen={cfg.max_seqlen}"
+            )
     return trained, held_out

@@ -367,7 +367,7 @@ def test_a_document_that_is_too_long_is_split_cut_or_dropped_and_counted(tmp_pat
         assert len(stream[:tokens].unique()) == tokens
         message = f"2 of 12 documents are longer than data.max_seqlen=16: {how}"
         assert sum(message in record.getMessage() for record in caplog.records) == 1
-    with pytest.raises(UserError, match="holds no documents to use: 12 in all"):
+    with pytest.raises(UserError, match="holds no documents to train on: 12 in all"):
         packed(counting(tmp_path / "long", [9] * 12), tokens_per_row=8, max_seqlen=8, long_documents="drop")
 
 
@@ -445,8 +445,13 @@ def test_validation_rows_are_the_same_for_any_number_of_ranks(tmp_path):
 
 
 def test_holding_out_everything_is_refused(corpus):
-    with pytest.raises(UserError, match="holds no documents to use: 300 in all"):
+    with pytest.raises(UserError, match="holds no documents to train on: 300 in all"):
         packed(corpus, held_out=300)
+
+
+def test_held_out_documents_that_are_all_dropped_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no documents to validate on: 3 in all, data\.held_out=1, 1 longer than"):
+        packed(counting(tmp_path, [9, 2, 3]), held_out=1, max_seqlen=4, long_documents="drop")
 
 
 # ---- files
