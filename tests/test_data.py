@@ -388,7 +388,7 @@ def test_a_run_shows_what_it_learns(tmp_path, caplog):
     write_corpus(tmp_path, documents, trained={3, 5, *range(21, 60)})
     caplog.set_level("INFO")
     data = packed(tmp_path, vocab_size=101, tokens_per_row=48, max_seqlen=48)
-    expected, lines = next(packed(tmp_path, tokens_per_row=48, max_seqlen=48))[0], caplog.messages[-1].splitlines()
+    expected, lines = next(packed(tmp_path, tokens_per_row=48, max_seqlen=48))[0], caplog.messages[0].splitlines()
     assert lines[0] == "step 1 begins with these documents; what is learnt is in >> <<"
     texts = {"1 2>>3<<4>>5<<", "1 2 8", "20>>" + " ".join(map(str, range(21, 60))) + "<<"}
     assert {line.strip() for line in lines[1:]} == texts
@@ -451,7 +451,7 @@ def test_holding_out_everything_is_refused(corpus):
 
 def test_held_out_documents_that_are_all_dropped_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"no documents to validate on: 3 in all, data\.held_out=1, 1 longer than"):
-        packed(counting(tmp_path, [9, 2, 3]), held_out=1, max_seqlen=4, long_documents="drop")
+        packed(counting(tmp_path, [9, 2, 3]), held_out=1, tokens_per_row=8, max_seqlen=4, long_documents="drop")
 
 
 # ---- files
