@@ -176,7 +176,8 @@ def set_weights(model: nn.Module, cfg: Config, mesh: Mesh) -> Callable[[Collecti
     materialize(model, mesh.device, dtype, with_memory=not is_cut_first)
     if cfg.model.pretrained:
         folder = find_folder(cfg.model.pretrained)
-        _check_tokenizer(folder, cfg)
+        if cfg.data.tokenizer:
+            _check_tokenizer(folder, cfg)
         fill = functools.partial(load_weights, model, folder)
     else:
         fill = functools.partial(init_weights, model, cfg.train.seed)

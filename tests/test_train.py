@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import TINY, read_metrics, tiny_run
+from conftest import TINY, read_metrics, tiny_run, write_corpus
 from torch import nn
 
 from minitrain import (
@@ -376,6 +376,19 @@ def test_data_of_another_tokenizer_than_the_pretrained_models_is_refused(corpus,
     (source / "tokenizer.json").write_text(text.replace('"100"', '"hundred"'))
     with pytest.raises(UserError, match="made with another tokenizer than"):
         train(cfg)
+
+
+def test_data_of_ones_own_takes_no_file_from_the_folder_that_the_run_starts_in(tmp_path, monkeypatch):
+    source, here = tmp_path / "source", tmp_path / "here"
+    write_corpus(tmp_path / "corpus", [[1]])
+    save_pretrained(random_model(), source, tokenizer=tmp_path / "corpus")
+    write_corpus(here, [[1]], vocab_size=50)
+    (here / "report.json").write_text('{"chat": true}')
+    (here / "chat_template.jinja").write_text("of another project")
+    monkeypatch.chdir(here)
+    cfg = tiny_run("", tmp_path / "run", Qwen3Config(**TINY, pretrained=str(source)), train={"steps": 1})
+    train(cfg, data=iter([[random_batch([20])]]))
+    assert not (tmp_path / "run" / "export" / "chat_template.jinja").exists()
 
 
 @pytest.mark.gpu
