@@ -252,13 +252,22 @@ class Log:
 
 
 def _cut_lines(path: Path, step: int) -> None:
-    """Of a file of JSON lines, leave those of the first `step` steps: no later ones, none that was being written."""
+    """Of a file of JSON lines, leave those of the first `step` steps: no later ones, none that was being written, and
+    none from a damaged one on."""
     if path.exists():
         end = 0
         with open(path, "rb+") as file:
-            while (line := file.readline()).endswith(b"\n") and json.loads(line)["step"] <= step:
+            while _step_of(file.readline()) <= step:
                 end = file.tell()
             file.truncate(end)
+
+
+def _step_of(line: bytes) -> float:
+    """Infinity if the line is not whole, as after a crash of the machine."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def _without_nan(row) -> dict:

@@ -115,6 +115,16 @@ def test_metrics_hold_each_step_once_however_often_a_run_stops(corpus, tmp_path)
     assert results(disturbed) == results(calm)
 
 
+def test_metrics_are_cut_at_a_damaged_line(corpus, tmp_path):
+    cfg = tiny_run(corpus, tmp_path / "run", train={"steps": 8}, checkpoint={"every": 4})
+    for damage in (b"\0" * 9, b"{}", b"3", b"\xff"):
+        run_until(6, cfg)
+        lines = (tmp_path / "run" / "metrics.jsonl").read_bytes().splitlines()
+        (tmp_path / "run" / "metrics.jsonl").write_bytes(b"\n".join([*lines[:2], damage, *lines[3:], b""]))
+        run_until(6, cfg)
+        assert [row["step"] for row in read_metrics(cfg.run_dir)] == [1, 2]
+
+
 def test_an_iterator_without_state_is_advanced(corpus, tmp_path):
     calm, disturbed = pair(corpus, tmp_path)
 
