@@ -135,7 +135,7 @@ class Log:
         return self
 
     def __exit__(self, failed, *_):
-        if failed is KeyboardInterrupt:
+        if failed in (KeyboardInterrupt, SystemExit):
             self.flush()
         for name in [name for name, rest in self.unwritten.items() if rest]:
             self._append(name, [])
@@ -146,6 +146,7 @@ class Log:
         begin = time.perf_counter()
         batches = next(data, None)
         if batches is None:
+            self.flush()
             raise UserError(f"the data ended before step {self.cfg.steps}")
         self.data_wait += time.perf_counter() - begin
         return batches

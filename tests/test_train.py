@@ -328,6 +328,7 @@ def test_norms_of_any_name_begin_as_norms_and_what_has_no_rule_is_an_error(corpu
 def test_data_that_ends_is_named(corpus, tmp_path):
     with pytest.raises(UserError, match="the data ended before step 20"):
         train(tiny_run(corpus, tmp_path / "run"), data=[[random_batch([20])], [random_batch([30])]])
+    assert len(losses(tmp_path / "run")) == 2
 
 
 def test_what_an_optimizer_keeps_is_saved_or_refused(corpus, tmp_path):
