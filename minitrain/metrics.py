@@ -126,9 +126,12 @@ class Log:
 
     def __enter__(self) -> "Log":
         if self.writes:
+            for path in (self.run_dir / name for name in self.unwritten):
+                if self.first == 0 and path.exists() and path.stat().st_size:
+                    log.info("%s: of a run that left no checkpoint; it is %s.old now", path, path.name)
+                    path.rename(f"{path}.old")
+                _cut_lines(path, self.first)
             (self.run_dir / "metrics.jsonl").touch()
-            for name in self.unwritten:
-                _cut_lines(self.run_dir / name, self.first)
         quiet = None if self.writes else True  # None: where there is no terminal
         self.bar = tqdm(total=self.cfg.steps, initial=self.first, unit="step", disable=quiet, dynamic_ncols=True)
         self._start_window()

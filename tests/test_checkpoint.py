@@ -186,6 +186,17 @@ def test_every_0_writes_none(corpus, tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists() and len(read_metrics(cfg.run_dir)) == 3
 
 
+def test_a_run_without_checkpoints_that_begins_anew_keeps_the_lines_of_the_one_before(corpus, tmp_path, caplog):
+    caplog.set_level("INFO")
+    cfg = tiny_run(corpus, tmp_path / "run", checkpoint={"every": 0, "export": False}, train={"steps": 3})
+    train(cfg)
+    assert "no checkpoint" not in caplog.text
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    run_until(1, cfg)
+    assert (tmp_path / "run" / "metrics.jsonl.old").read_text() == before and not read_metrics(cfg.run_dir)
+    assert "metrics.jsonl: of a run that left no checkpoint; it is metrics.jsonl.old now" in caplog.text
+
+
 def test_resume_false_refuses_a_run_that_has_begun(corpus, tmp_path):
     cfg = tiny_run(corpus, tmp_path / "run", checkpoint={"resume": False}, train={"steps": 3})
     train(cfg)
