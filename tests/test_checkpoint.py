@@ -2,8 +2,10 @@
 
 import ast
 import dataclasses
+import errno
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -363,6 +365,25 @@ def test_fallback_goes_on_from_the_checkpoint_before(corpus, tmp_path):
     for path in checkpoints(disturbed):
         (path / "manifest.json").unlink()
     refuse(disturbed, "manifest.json: no such file")
+
+
+def test_fallback_goes_on_when_the_newest_one_cannot_be_read(corpus, tmp_path, monkeypatch):
+    cfg = tiny_run(corpus, tmp_path / "run", train={"steps": 4}, checkpoint={"every": 2, "export": False})
+    train(cfg)
+    bad, preadv = newest(cfg) / "rank-00000.safetensors", os.preadv
+
+    def fail(file, *args):
+        if os.path.sameopenfile(file, bad_file.fileno()):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(file, *args)
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with open(bad, "rb") as bad_file:
+        refuse(cfg, f"{bad}: cannot be read: Input/output error; checkpoint.fallback=true goes on from the one before")
+        cfg.checkpoint.fallback = True
+        train(cfg)
+    assert [path.name for path in checkpoints(cfg)] == ["step-00000002", "step-00000004"]
+    assert bad.parent.with_name("step-00000004.damaged").exists()
 
 
 @pytest.mark.parametrize("other", [LARGER, WIDER, MOE], ids=["layers", "width", "moe"])
