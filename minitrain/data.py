@@ -14,6 +14,7 @@ trained on.
 import itertools
 import logging
 import math
+import threading
 import zlib
 from bisect import bisect_left, insort
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ class PackedData:
         self.sources = open_sources(cfg, vocab_size)
         self.trained = [source for source in self.sources if source.weight]
         self.stream = self._new_stream()
-        self.num_documents = 0  # room in cu_seqlens
+        self.num_documents, self.lock = 0, threading.Lock()  # room in cu_seqlens, made in two threads
         trial = self._new_stream()
         self._make_room(max(len(trial.next_row()) for _ in range(256)))
         self.step, self.place = 0, self.stream.state()
@@ -175,11 +176,12 @@ class PackedData:
 
         All borders, of documents and of rows, are multiples of one number: a row cannot hold more pieces than of these.
         """
-        if documents > self.num_documents:
-            T = self.cfg.tokens_per_row
-            pieces = [pieces for source in self.sources for pieces in (source.trained, source.held_out)]
-            units = [length for p in pieces for length in p.length.bincount().nonzero()[:, 0].tolist()]
-            self.num_documents = min(documents + documents // 4 + 8, T // math.gcd(T, *units))
+        with self.lock:
+            if documents > self.num_documents:
+                T = self.cfg.tokens_per_row
+                pieces = [pieces for source in self.sources for pieces in (source.trained, source.held_out)]
+                units = [length for p in pieces for length in p.length.bincount().nonzero()[:, 0].tolist()]
+                self.num_documents = min(documents + documents // 4 + 8, T // math.gcd(T, *units))
 
 
 def show(row: Batch, tokenizer: Tokenizer, documents: int = 3, tokens: int = 100) -> list[str]:

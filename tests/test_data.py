@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -132,6 +133,28 @@ def test_cu_seqlens_keep_one_length_over_many_epochs(corpus):
     data = packed(corpus, tokens_per_row=256, max_seqlen=64)
     tokens = int(data.sources[0].trained.length.sum())
     assert len({len(row.cu_seqlens_q) for row in take(data, 20 * tokens // 256)}) == 1
+
+
+def test_room_for_documents_never_shrinks_when_two_threads_make_it(corpus):
+    """Rows are made ahead in a thread, while the main one makes those of a validation."""
+    data = packed(corpus, tokens_per_row=4096, max_seqlen=32)
+    sources, asked_for_more, begun = data.sources, threading.Event(), threading.Event()
+
+    class Slow(list):
+        def __iter__(self):
+            begun.set()
+            asked_for_more.wait(0.3)
+            return super().__iter__()
+
+    data.sources, data.num_documents = Slow(sources), 1
+    slow = threading.Thread(target=data._make_room, args=(20,))
+    slow.start()
+    assert begun.wait(10)
+    data.sources = sources
+    data._make_room(200)
+    asked_for_more.set()
+    slow.join()
+    assert data.num_documents >= 200
 
 
 def test_documents_of_equal_length_fill_cu_seqlens_exactly(tmp_path):
