@@ -74,10 +74,11 @@ class PackedData:
         return [row.to(self.mesh.device) for row in rows]
 
     def state(self) -> dict:
+        free = {"path", "sources", *(["look_ahead"] if self.cfg.packing == "concat" else [])}  # folders may be moved
         return {
             "step": self.step,
             "tokenizer": self.sources[0].tokenizer,
-            **{k: v for k, v in vars(self.cfg).items() if k not in ("path", "sources")},  # folders may be moved
+            **{k: v for k, v in vars(self.cfg).items() if k not in free},
             "sources": [
                 {"pieces": len(s.trained.length), "tokens": int(s.trained.length.sum()), "weight": s.weight}
                 for s in self.trained
@@ -90,6 +91,7 @@ class PackedData:
             raise UserError(
                 "data: the checkpoint is of a version without mixtures, which had another order of documents"
             )
+        state = vars(DataConfig()) | state  # of a version that has not had a setting yet
         now = self.state() | {name: state.get(name) for name in ("step", "place")}
         if changed := [name for name in now if state.get(name) != now[name]]:
             texts = ", ".join(f"{name} was {state.get(name)!r}, is {now[name]!r}" for name in changed)

@@ -203,6 +203,15 @@ def test_the_state_of_another_corpus_is_refused(tmp_path):
             data.load_state(state)
 
 
+def test_a_setting_that_the_checkpoint_has_not_or_that_changes_nothing_is_not_compared(corpus):
+    state = packed(corpus, packing="best_fit").state()
+    del state["look_ahead"]
+    packed(corpus, packing="best_fit").load_state(state)
+    with pytest.raises(UserError, match="look_ahead was 256, is 99"):
+        packed(corpus, packing="best_fit", look_ahead=99).load_state(state)
+    packed(corpus, look_ahead=99).load_state(packed(corpus).state() | {"look_ahead": 256})  # as versions before saved it
+
+
 def test_a_place_of_a_version_without_mixtures_is_refused(corpus):
     data = packed(corpus)
     state = data.state()
