@@ -14,6 +14,7 @@ Between the parts of a save ranks tell each other how it went: what one of them 
 
 import contextlib
 import functools
+import json
 import logging
 import math
 import os
@@ -183,6 +184,10 @@ class Checkpointer:
                     raise Damaged(f"{saved.folder}: {name} is no state of a generator: {error}") from None
         self.opt.load(saved.tensors, saved.read)
         log.info("resumed from %s", saved.folder)
+        for change in _changes(manifest["config"], self.about["config"]):
+            log.info("    %s", change)
+        if manifest["step"] >= (steps := self.about["config"]["train"]["steps"]):
+            log.info("train.steps=%s: all of them are done already", steps)
         return manifest["step"]
 
     def _generators(self) -> dict[str, tuple[Callable, Callable]]:
@@ -333,6 +338,16 @@ class Checkpointer:
             if error is not None:
                 raise error
         return [result for result, _ in outcomes]
+
+
+def _changes(there: dict, here: dict) -> list[str]:
+    """A text for each setting of what is trained that was another one; one that there was not yet had its default."""
+    return [
+        f"{section}.{key} was {there[section][key]!r}, is {value!r}"
+        for section in ("model", "data", "optim", "train")
+        for key, value in json.loads(json.dumps(here[section])).items()
+        if there.get(section, {}).get(key, value) != value
+    ]
 
 
 @contextlib.contextmanager

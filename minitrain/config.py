@@ -110,11 +110,15 @@ class OptimConfig:
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
 
     def __post_init__(self):
-        for name in ("lr", "warmup_steps", "decay_steps", "weight_decay", "max_norm", "eps"):
+        for name in ("lr", "warmup_steps", "decay_steps", "weight_decay", "max_norm"):
             _at_least(0, **{f"optim__{name}": getattr(self, name)})
-        for name in ("beta1", "beta2", "min_lr_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"optim.{name}={getattr(self, name)}: must be between 0 and 1")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise UserError(f"optim.min_lr_ratio={self.min_lr_ratio}: must be between 0 and 1")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"optim.{name}={getattr(self, name)}: must be at least 0 and less than 1")
+        if not self.eps > 0:
+            raise UserError(f"optim.eps={self.eps}: must be more than 0")
         if (self.schedule == "wsd") != (self.decay_steps > 0):
             raise UserError(f"optim.decay_steps={self.decay_steps}: needed with schedule wsd, and only there")
 

@@ -14,6 +14,7 @@ trained on.
 import itertools
 import logging
 import math
+import threading
 import zlib
 from bisect import bisect_left, insort
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ class PackedData:
         self.sources = open_sources(cfg, vocab_size)
         self.trained = [source for source in self.sources if source.weight]
         self.stream = self._new_stream()
-        self.num_documents = 0  # room in cu_seqlens
+        self.num_documents, self.lock = 0, threading.Lock()  # room in cu_seqlens, made in two threads
         trial = self._new_stream()
         self._make_room(max(len(trial.next_row()) for _ in range(256)))
         self.step, self.place = 0, self.stream.state()
@@ -73,10 +74,11 @@ class PackedData:
         return [row.to(self.mesh.device) for row in rows]
 
     def state(self) -> dict:
+        free = {"path", "sources", *(["look_ahead"] if self.cfg.packing == "concat" else [])}  # folders may be moved
         return {
             "step": self.step,
             "tokenizer": self.sources[0].tokenizer,
-            **{k: v for k, v in vars(self.cfg).items() if k not in ("path", "sources")},  # folders may be moved
+            **{k: v for k, v in vars(self.cfg).items() if k not in free},
             "sources": [
                 {"pieces": len(s.trained.length), "tokens": int(s.trained.length.sum()), "weight": s.weight}
                 for s in self.trained
@@ -89,6 +91,7 @@ class PackedData:
             raise UserError(
                 "data: the checkpoint is of a version without mixtures, which had another order of documents"
             )
+        state = vars(DataConfig()) | state  # of a version that has not had a setting yet
         now = self.state() | {name: state.get(name) for name in ("step", "place")}
         if changed := [name for name in now if state.get(name) != now[name]]:
             texts = ", ".join(f"{name} was {state.get(name)!r}, is {now[name]!r}" for name in changed)
@@ -175,11 +178,12 @@ class PackedData:
 
         All borders, of documents and of rows, are multiples of one number: a row cannot hold more pieces than of these.
         """
-        if documents > self.num_documents:
-            T = self.cfg.tokens_per_row
-            pieces = [pieces for source in self.sources for pieces in (source.trained, source.held_out)]
-            units = [length for p in pieces for length in p.length.bincount().nonzero()[:, 0].tolist()]
-            self.num_documents = min(documents + documents // 4 + 8, T // math.gcd(T, *units))
+        with self.lock:
+            if documents > self.num_documents:
+                T = self.cfg.tokens_per_row
+                pieces = [pieces for source in self.sources for pieces in (source.trained, source.held_out)]
+                units = [length for p in pieces for length in p.length.bincount().nonzero()[:, 0].tolist()]
+                self.num_documents = min(documents + documents // 4 + 8, T // math.gcd(T, *units))
 
 
 def show(row: Batch, tokenizer: Tokenizer, documents: int = 3, tokens: int = 100) -> list[str]:

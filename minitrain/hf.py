@@ -424,7 +424,7 @@ def read_chat_template(folder: str | Path) -> str | None:
 
 def chat_template(sources: list[SourceConfig]) -> str | None:
     """Of the first source of conversations that has one: what a model that is trained on them has to be asked by."""
-    for folder in (Path(source.path) for source in sources):
+    for folder in (Path(source.path) for source in sources if source.path):
         report = folder / "report.json"
         if report.exists() and read_json(report).get("chat") and (template := read_chat_template(folder)) is not None:
             return template

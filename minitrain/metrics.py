@@ -126,16 +126,19 @@ class Log:
 
     def __enter__(self) -> "Log":
         if self.writes:
+            for path in (self.run_dir / name for name in self.unwritten):
+                if self.first == 0 and path.exists() and path.stat().st_size:
+                    log.info("%s: of a run that left no checkpoint; it is %s.old now", path, path.name)
+                    path.rename(f"{path}.old")
+                _cut_lines(path, self.first)
             (self.run_dir / "metrics.jsonl").touch()
-            for name in self.unwritten:
-                _cut_lines(self.run_dir / name, self.first)
         quiet = None if self.writes else True  # None: where there is no terminal
         self.bar = tqdm(total=self.cfg.steps, initial=self.first, unit="step", disable=quiet, dynamic_ncols=True)
         self._start_window()
         return self
 
     def __exit__(self, failed, *_):
-        if failed is KeyboardInterrupt:
+        if failed in (KeyboardInterrupt, SystemExit):
             self.flush()
         for name in [name for name, rest in self.unwritten.items() if rest]:
             self._append(name, [])
@@ -146,6 +149,7 @@ class Log:
         begin = time.perf_counter()
         batches = next(data, None)
         if batches is None:
+            self.flush()
             raise UserError(f"the data ended before step {self.cfg.steps}")
         self.data_wait += time.perf_counter() - begin
         return batches
@@ -252,13 +256,22 @@ class Log:
 
 
 def _cut_lines(path: Path, step: int) -> None:
-    """Of a file of JSON lines, leave those of the first `step` steps: no later ones, none that was being written."""
+    """Of a file of JSON lines, leave those of the first `step` steps: no later ones, none that was being written, and
+    none from a damaged one on."""
     if path.exists():
         end = 0
         with open(path, "rb+") as file:
-            while (line := file.readline()).endswith(b"\n") and json.loads(line)["step"] <= step:
+            while _step_of(file.readline()) <= step:
                 end = file.tell()
             file.truncate(end)
+
+
+def _step_of(line: bytes) -> float:
+    """Infinity if the line is not whole, as after a crash of the machine."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def _without_nan(row) -> dict:

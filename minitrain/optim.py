@@ -52,12 +52,15 @@ class AdamW(torch.optim.AdamW):
         """Whether it does that."""
         return can_step([p for group in self.param_groups for p in group["params"] if p.grad is not None])
 
+    def use_loaded(self) -> None:
+        """State was loaded: moments may be of another run's choice."""
+        for state in self.state.values():
+            for key in ("exp_avg", "exp_avg_sq"):
+                if key in state:
+                    state[key] = state[key].to(self.moments)
+
     @torch.no_grad()
     def step(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._convert_moments(self.state[p])
         if not self.rounds:
             super().step()
             return
@@ -65,12 +68,6 @@ class AdamW(torch.optim.AdamW):
             params = [p for p in group["params"] if p.grad is not None]
             if params:
                 self._step_group(group, params)
-
-    def _convert_moments(self, state):
-        """Those that were loaded may be of another run's choice."""
-        for key in ("exp_avg", "exp_avg_sq"):
-            if key in state:
-                state[key] = state[key].to(self.moments)
 
     def _step_group(self, group, params):
         """grad_scale, found_inf: 0-d fp32 on the device, as torch's fused optimizers take them."""

@@ -20,6 +20,7 @@ leave no hole: whoever reads takes the elements that it needs, and need not know
 ".cuda" (random generators).
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -142,7 +143,7 @@ class Saved:
         some = f"{next(iter(expected), 'no tensor')} and {max(0, len(expected) - 1)} more"
         if not path.is_file():
             raise Damaged(f"{path}: no such file; it holds {some}")
-        with open(path, "rb") as stream, ThreadPoolExecutor(THREADS) as pool:
+        with _read_errors(path), open(path, "rb") as stream, ThreadPoolExecutor(THREADS) as pool:
             header = stream.read(about["header_bytes"])
             if hashlib.sha256(header).hexdigest() != about["header_sha256"]:
                 raise Damaged(f"{path}: damaged: its header, which tells where {some} are")
@@ -213,6 +214,15 @@ def _entries(path: Path, header: bytes) -> list[tuple]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"{path}: damaged: its header is none of safetensors: {error!r}") from None
     return sorted(entries, key=lambda entry: entry[:3])
+
+
+@contextlib.contextmanager
+def _read_errors(path: Path):
+    """Of a disk that fails: as other damage."""
+    try:
+        yield
+    except OSError as error:
+        raise Damaged(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _sha256_of_part(file: int, begin: int, end: int) -> str:

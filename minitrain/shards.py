@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from minitrain.config import DataConfig, UserError
-from minitrain.storage import open_safetensors, sha256
+from minitrain.storage import open_safetensors, read_json, sha256
 
 log = logging.getLogger(__name__)
 _libc = ctypes.CDLL(None)
@@ -70,7 +70,8 @@ class Source:
 
 
 def open_sources(cfg: DataConfig, vocab_size: int) -> list[Source]:
-    """UserError for folders that are absent, unfinished, empty, of two tokenizers or more ids than the model has."""
+    """UserError for folders that are absent, unfinished, empty, not whole, of two tokenizers or more ids than the model
+    has."""
     if not cfg.all_sources[0].path:
         raise UserError("data.path is not set: give a folder made by tools/prepare_data.py")
     sources = []
@@ -125,8 +126,13 @@ def _open_shards(path: Path, setting: str, vocab_size: int) -> tuple[str, list[S
         if is_first.dtype != torch.bool or is_first.shape != offsets[1:].shape:
             raise UserError(f"{file}: damaged: is_first is not one truth value for each of its documents")
         shards.append(shard)
-    if not any(len(shard.tokens) for shard in shards):
+    found = {"shards": len(shards), "tokens": sum(len(shard.tokens) for shard in shards)}
+    if not found["tokens"]:
         raise UserError(f"{setting}: holds no tokens")
+    report = read_json(path / "report.json")
+    for what, number in found.items():
+        if report.get(what, number) != number:
+            raise UserError(f"{setting}: holds {number} {what}, and {report[what]} by its report.json; prepare again")
     return tokenizer, shards
 
 
@@ -156,9 +162,11 @@ def _split(shards: list[Shard], cfg: DataConfig, only_validated: bool, setting: 
     *columns, held = (torch.cat(column) for column in zip(*columns, strict=True))
     pieces = Pieces(shards, *columns)
     trained, held_out = pieces.select(~held), pieces.select(held)
-    if not len((held_out if only_validated else trained).length):
-        raise UserError(
-            f"{setting}: holds no documents to use: {documents:,} in all, data.held_out={cfg.held_out}, "
-            f"{num_long:,} longer than data.max_seqlen={cfg.max_seqlen}"
-        )
+    uses = {"train": (trained, not only_validated), "validate": (held_out, only_validated or cfg.held_out > 0)}
+    for use, (pieces, is_needed) in uses.items():
+        if is_needed and not len(pieces.length):
+            raise UserError(
+                f"{setting}: holds no documents to {use} on: {documents:,} in all, data.held_out={cfg.held_out}, "
+                f"{num_long:,} longer than data.max_seqlen={cfg.max_seqlen}"
+            )
     return trained, held_out

@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from minitrain.data import PackedData
 from minitrain.hf import chat_template, find_folder, load_tokenizer, load_weights, save_pretrained
 from minitrain.metrics import Log
 from minitrain.models import build_model, init_weights, load_object, materialize
+from minitrain.models.layers import DecoderConfig
 from minitrain.optim import adamw, lr_at
 from minitrain.parallel import compute_dtype, parallelize
 from minitrain.parallel.comm import sum_equal
@@ -46,7 +48,7 @@ def train(
 ) -> nn.Module:
     """Train as the config says, and return the model. Each keyword replaces a part by one of your own.
 
-    model: any module of CausalLM's shape, with weights or on meta.
+    model: any module of CausalLM's shape, with weights or on meta; its config takes the place of cfg.model.
     loss_fn: (hidden, head, batch) -> (sum, {name: sum}).
     optimizer: list of parameters -> torch.optim.Optimizer; before each step its learning rate is set from cfg.optim.
     data: an iterable of lists of Batch, one list a step.
@@ -56,6 +58,9 @@ def train(
     """
     if cfg.train.deterministic:
         use_deterministic_algorithms()
+    if model and isinstance(model.config, DecoderConfig):  # what is written down is what is trained
+        pretrained = cfg.model.pretrained or model.config.pretrained
+        cfg = replace(cfg, model=replace(model.config, pretrained=pretrained))
     mesh = init_mesh(cfg.train.device, cfg.parallel, model.config if model else cfg.model)
     loss_fn = loss_fn or load_object(cfg.train.loss)
     model = model or build_model(cfg.model)  # on meta: names and shapes, no bytes
@@ -173,7 +178,8 @@ def set_weights(model: nn.Module, cfg: Config, mesh: Mesh) -> Callable[[Collecti
     materialize(model, mesh.device, dtype, with_memory=not is_cut_first)
     if cfg.model.pretrained:
         folder = find_folder(cfg.model.pretrained)
-        _check_tokenizer(folder, cfg)
+        if cfg.data.tokenizer:
+            _check_tokenizer(folder, cfg)
         fill = functools.partial(load_weights, model, folder)
     else:
         fill = functools.partial(init_weights, model, cfg.train.seed)

@@ -14,17 +14,19 @@ from minitrain.parallel.pp import link_of, run
 _UNIT = 2**-20  # nats; sums of whole numbers are the same in any order, and so for any number of ranks
 
 
-def mean_loss(results: list[dict]) -> float:
-    """Of validate()'s sources, over the trained tokens of all of them."""
+def mean_loss(results: list[dict]) -> float | None:
+    """Of validate()'s sources, over the trained tokens of all of them; None if there are none."""
+    results = [r for r in results if r["trained_tokens"]]
     tokens = sum(r["trained_tokens"] for r in results)
-    return sum(r["loss"] * r["trained_tokens"] for r in results) / max(1, tokens)
+    return sum(r["loss"] * r["trained_tokens"] for r in results) / tokens if tokens else None
 
 
 @torch.no_grad()
 def validate(model: nn.Module, data: PackedData, loss_fn: Callable, mesh: Mesh) -> list[dict]:
     """-> for each source that has held-out documents {"source", "loss", "perplexity", "trained_tokens"}.
 
-    loss: mean over the tokens that are trained on, in nats. FloatingPointError if it is no number.
+    loss: mean over the tokens that are trained on, in nats; no number where there are none. FloatingPointError if it is
+    none for another reason.
     """
     results, is_last = [], link_of(parts_of(model)[-1]).is_last  # of a pipeline's stages
     for source, rows in data.held_out_rows().items():
@@ -39,7 +41,7 @@ def validate(model: nn.Module, data: PackedData, loss_fn: Callable, mesh: Mesh) 
             raise FloatingPointError(f"validation on {source}: loss {sum(losses)}")
         total = sum(round(loss / _UNIT) for loss in losses) * link_of(model).ahead.size  # the other stages have none
         total, tokens = mesh.sum_rows(total), mesh.sum_rows(tokens)
-        loss = total * _UNIT / max(1, tokens)
-        perplexity = math.exp(loss) if loss < 700 else math.inf
+        loss = total * _UNIT / tokens if tokens else math.nan
+        perplexity = math.inf if loss >= 700 else math.exp(loss)
         results.append({"source": source, "loss": loss, "perplexity": perplexity, "trained_tokens": tokens})
     return results

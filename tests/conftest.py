@@ -99,7 +99,7 @@ def write_corpus(folder, documents, vocab_size=101, shards=1, trained=None):
         if trained is not None:
             tensors["trained"] = torch.isin(tokens.long(), torch.tensor(sorted(trained)))
         write_safetensors(folder / f"shard-{i:05}.safetensors", tensors, metadata)
-    write_json(folder / "report.json", {"tokens": sum(map(len, documents))})
+    write_json(folder / "report.json", {"shards": shards, "tokens": sum(map(len, documents))})
     return folder
 
 

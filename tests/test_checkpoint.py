@@ -2,8 +2,10 @@
 
 import ast
 import dataclasses
+import errno
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import torch
 from conftest import TINY, read_metrics, tiny_run, write_corpus
 
 from minitrain import PackedData, Qwen3Config, Qwen3MoeConfig, UserError, build_model, train
-from minitrain.boxes import part_of, whole_box
+from minitrain.boxes import whole_box
 from minitrain.config import to_toml
 from minitrain.models import init_weights
 from minitrain.parallel.mesh import Mesh
@@ -115,6 +117,16 @@ def test_metrics_hold_each_step_once_however_often_a_run_stops(corpus, tmp_path)
     assert results(disturbed) == results(calm)
 
 
+def test_metrics_are_cut_at_a_damaged_line(corpus, tmp_path):
+    cfg = tiny_run(corpus, tmp_path / "run", train={"steps": 8}, checkpoint={"every": 4})
+    for damage in (b"\0" * 9, b"{}", b"3", b"\xff"):
+        run_until(6, cfg)
+        lines = (tmp_path / "run" / "metrics.jsonl").read_bytes().splitlines()
+        (tmp_path / "run" / "metrics.jsonl").write_bytes(b"\n".join([*lines[:2], damage, *lines[3:], b""]))
+        run_until(6, cfg)
+        assert [row["step"] for row in read_metrics(cfg.run_dir)] == [1, 2]
+
+
 def test_an_iterator_without_state_is_advanced(corpus, tmp_path):
     calm, disturbed = pair(corpus, tmp_path)
 
@@ -134,6 +146,19 @@ def test_a_finished_run_stays_as_it_is(corpus, tmp_path):
     before = results(cfg)
     train(cfg)
     assert results(cfg) == before
+
+
+def test_a_run_that_goes_on_says_what_was_set_otherwise_and_when_nothing_is_left(stopped, caplog):
+    caplog.set_level("INFO")
+    other = {"optim": dataclasses.replace(stopped.optim, lr=0.5), "train": dataclasses.replace(stopped.train, seed=7)}
+    train(dataclasses.replace(stopped, **other))
+    said = [record.getMessage().strip() for record in caplog.records]
+    assert [line for line in said if " was " in line] == ["optim.lr was 0.01, is 0.5", "train.seed was 0, is 7"]
+    assert not any("done already" in line for line in said)
+    caplog.clear()
+    train(stopped)
+    said = [record.getMessage().strip() for record in caplog.records]
+    assert "optim.lr was 0.5, is 0.01" in said and "train.steps=6: all of them are done already" in said
 
 
 # ---- which folders there are
@@ -161,6 +186,17 @@ def test_every_0_writes_none(corpus, tmp_path):
     cfg = tiny_run(corpus, tmp_path / "run", checkpoint={"every": 0}, train={"steps": 3})
     train(cfg)
     assert not (tmp_path / "run" / "checkpoints").exists() and len(read_metrics(cfg.run_dir)) == 3
+
+
+def test_a_run_without_checkpoints_that_begins_anew_keeps_the_lines_of_the_one_before(corpus, tmp_path, caplog):
+    caplog.set_level("INFO")
+    cfg = tiny_run(corpus, tmp_path / "run", checkpoint={"every": 0, "export": False}, train={"steps": 3})
+    train(cfg)
+    assert "no checkpoint" not in caplog.text
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    run_until(1, cfg)
+    assert (tmp_path / "run" / "metrics.jsonl.old").read_text() == before and not read_metrics(cfg.run_dir)
+    assert "metrics.jsonl: of a run that left no checkpoint; it is metrics.jsonl.old now" in caplog.text
 
 
 def test_resume_false_refuses_a_run_that_has_begun(corpus, tmp_path):
@@ -329,20 +365,59 @@ def test_fallback_goes_on_from_the_checkpoint_before(corpus, tmp_path):
     refuse(disturbed, "manifest.json: no such file")
 
 
+def test_fallback_goes_on_when_the_newest_one_cannot_be_read(corpus, tmp_path, monkeypatch):
+    cfg = tiny_run(corpus, tmp_path / "run", train={"steps": 4}, checkpoint={"every": 2, "export": False})
+    train(cfg)
+    bad, preadv = newest(cfg) / "rank-00000.safetensors", os.preadv
+
+    def fail(file, *args):
+        if os.path.sameopenfile(file, bad_file.fileno()):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(file, *args)
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with open(bad, "rb") as bad_file:
+        refuse(cfg, f"{bad}: cannot be read: Input/output error; checkpoint.fallback=true goes on from the one before")
+        cfg.checkpoint.fallback = True
+        train(cfg)
+    assert [path.name for path in checkpoints(cfg)] == ["step-00000002", "step-00000004"]
+    assert bad.parent.with_name("step-00000004.damaged").exists()
+
+
 @pytest.mark.parametrize("other", [LARGER, WIDER, MOE], ids=["layers", "width", "moe"])
 def test_another_model_is_refused(stopped, other):
     refuse(dataclasses.replace(stopped, model=other), r"of another model: layers\..* is .* there and .* in the config")
 
 
-def test_state_of_a_parameter_that_the_model_has_not_is_refused(stopped):
-    saved = Saved(newest(stopped))
-    pieces = {
-        name: Piece(saved.read(name).clone(), shape, whole_box(shape)) for name, (_, shape) in saved.tensors.items()
-    }
-    pieces["optimizer.tail.weight.exp_avg"] = Piece(torch.ones(2), *part_of(torch.ones(2)))
+def rewrite(folder, change):
+    """A checkpoint with other tensors: change({name: values}) in place."""
+    saved = Saved(folder)
+    tensors = {name: saved.read(name).clone().view(shape) for name, (_, shape) in saved.tensors.items()}
+    change(tensors)
     about = {key: saved.manifest[key] for key in ("step", "data", "config", "dtype", "optimizer", "versions")}
-    part = write_pieces(newest(stopped) / "rank-00000.safetensors", pieces)
-    write_manifest(newest(stopped), about, [part])
+    pieces = {name: Piece(t, t.shape, whole_box(t.shape)) for name, t in tensors.items()}
+    write_manifest(folder, about, [write_pieces(folder / "rank-00000.safetensors", pieces)])
+
+
+@pytest.mark.parametrize("offload", ["", "optimizer"])
+def test_a_run_goes_on_from_moments_of_another_dtype_in_its_own(corpus, tmp_path, offload):
+    """As from a checkpoint that was written on a GPU; also in what it saves."""
+    cfg = tiny_run(corpus, tmp_path / "run", train={"steps": 6}, checkpoint={"every": 4}, parallel={"offload": offload})
+    run_until(5, cfg)
+
+    def narrow(tensors):
+        tensors.update({name: t.bfloat16() for name, t in tensors.items() if ".exp_avg" in name})
+
+    rewrite(newest(cfg), narrow)
+    train(cfg)
+    saved = Saved(newest(cfg))
+    assert {dtype for name, (dtype, _) in saved.tensors.items() if ".exp_avg" in name} == {torch.float32}
+    moments = saved.read("optimizer.embed_tokens.weight.exp_avg")
+    assert not moments.equal(moments.bfloat16().float())
+
+
+def test_state_of_a_parameter_that_the_model_has_not_is_refused(stopped):
+    rewrite(newest(stopped), lambda tensors: tensors.update({"optimizer.tail.weight.exp_avg": torch.ones(2)}))
     refuse(stopped, r"another model: it has optimizer\.tail\.weight\.exp_avg, and the config has no tail\.weight")
 
 

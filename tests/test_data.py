@@ -3,7 +3,9 @@ itself which documents it was cut from, and what every target has to be."""
 
 import json
 import os
+import shutil
 import tempfile
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -133,6 +135,28 @@ def test_cu_seqlens_keep_one_length_over_many_epochs(corpus):
     assert len({len(row.cu_seqlens_q) for row in take(data, 20 * tokens // 256)}) == 1
 
 
+def test_room_for_documents_never_shrinks_when_two_threads_make_it(corpus):
+    """Rows are made ahead in a thread, while the main one makes those of a validation."""
+    data = packed(corpus, tokens_per_row=4096, max_seqlen=32)
+    sources, asked_for_more, begun = data.sources, threading.Event(), threading.Event()
+
+    class Slow(list):
+        def __iter__(self):
+            begun.set()
+            asked_for_more.wait(0.3)
+            return super().__iter__()
+
+    data.sources, data.num_documents = Slow(sources), 1
+    slow = threading.Thread(target=data._make_room, args=(20,))
+    slow.start()
+    assert begun.wait(10)
+    data.sources = sources
+    data._make_room(200)
+    asked_for_more.set()
+    slow.join()
+    assert data.num_documents >= 200
+
+
 def test_documents_of_equal_length_fill_cu_seqlens_exactly(tmp_path):
     data = packed(counting(tmp_path, [64] * 9), tokens_per_row=64, max_seqlen=16)
     for row in take(data, 30):
@@ -177,6 +201,15 @@ def test_the_state_of_another_corpus_is_refused(tmp_path):
         data = packed(counting(tmp_path / f"{max_seqlen}", lengths), tokens_per_row=20, max_seqlen=max_seqlen)
         with pytest.raises(UserError, match="not the corpus"):
             data.load_state(state)
+
+
+def test_a_setting_that_the_checkpoint_has_not_or_that_changes_nothing_is_not_compared(corpus):
+    state = packed(corpus, packing="best_fit").state()
+    del state["look_ahead"]
+    packed(corpus, packing="best_fit").load_state(state)
+    with pytest.raises(UserError, match="look_ahead was 256, is 99"):
+        packed(corpus, packing="best_fit", look_ahead=99).load_state(state)
+    packed(corpus, look_ahead=99).load_state(packed(corpus).state() | {"look_ahead": 256})  # as versions before saved it
 
 
 def test_a_place_of_a_version_without_mixtures_is_refused(corpus):
@@ -366,7 +399,7 @@ def test_a_document_that_is_too_long_is_split_cut_or_dropped_and_counted(tmp_pat
         assert len(stream[:tokens].unique()) == tokens
         message = f"2 of 12 documents are longer than data.max_seqlen=16: {how}"
         assert sum(message in record.getMessage() for record in caplog.records) == 1
-    with pytest.raises(UserError, match="holds no documents to use: 12 in all"):
+    with pytest.raises(UserError, match="holds no documents to train on: 12 in all"):
         packed(counting(tmp_path / "long", [9] * 12), tokens_per_row=8, max_seqlen=8, long_documents="drop")
 
 
@@ -387,7 +420,7 @@ def test_a_run_shows_what_it_learns(tmp_path, caplog):
     write_corpus(tmp_path, documents, trained={3, 5, *range(21, 60)})
     caplog.set_level("INFO")
     data = packed(tmp_path, vocab_size=101, tokens_per_row=48, max_seqlen=48)
-    expected, lines = next(packed(tmp_path, tokens_per_row=48, max_seqlen=48))[0], caplog.messages[-1].splitlines()
+    expected, lines = next(packed(tmp_path, tokens_per_row=48, max_seqlen=48))[0], caplog.messages[0].splitlines()
     assert lines[0] == "step 1 begins with these documents; what is learnt is in >> <<"
     texts = {"1 2>>3<<4>>5<<", "1 2 8", "20>>" + " ".join(map(str, range(21, 60))) + "<<"}
     assert {line.strip() for line in lines[1:]} == texts
@@ -444,8 +477,13 @@ def test_validation_rows_are_the_same_for_any_number_of_ranks(tmp_path):
 
 
 def test_holding_out_everything_is_refused(corpus):
-    with pytest.raises(UserError, match="holds no documents to use: 300 in all"):
+    with pytest.raises(UserError, match="holds no documents to train on: 300 in all"):
         packed(corpus, held_out=300)
+
+
+def test_held_out_documents_that_are_all_dropped_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no documents to validate on: 3 in all, data\.held_out=1, 1 longer than"):
+        packed(counting(tmp_path, [9, 2, 3]), held_out=1, tokens_per_row=8, max_seqlen=4, long_documents="drop")
 
 
 # ---- files
@@ -461,6 +499,7 @@ def test_a_large_shard_is_mapped_not_read(corpus):
     size, metadata = tokens.nbytes, _metadata(corpus)
     offsets = torch.arange(0, len(tokens) + 1, 4096)
     write_safetensors(corpus / "shard-00000.safetensors", {"tokens": tokens, "document_offsets": offsets}, metadata)
+    write_json(corpus / "report.json", {"shards": 1, "tokens": len(tokens)})
     del tokens
     before = resident_bytes()
     data = packed(corpus, tokens_per_row=4096, max_seqlen=4096)
@@ -479,6 +518,7 @@ def rewrite_shard(corpus, tokens, offsets, is_first=None, **metadata):
     if is_first is not None:
         tensors["is_first"] = torch.tensor(is_first)
     write_safetensors(corpus / "shard-00000.safetensors", tensors, metadata)
+    write_json(corpus / "report.json", {"shards": 1, "tokens": len(tokens)})
 
 
 def truncate_shard(corpus):
@@ -513,6 +553,16 @@ def test_an_unfit_folder_is_refused_in_one_line(corpus, complaint):
     with pytest.raises(UserError, match=complaint) as error:
         packed(corpus, vocab_size=101)
     assert "\n" not in str(error.value) and str(corpus) in str(error.value)
+
+
+def test_a_folder_that_lacks_a_shard_or_has_another_folders_is_refused(tmp_path):
+    whole, other = (counting(tmp_path / name, LENGTHS, shards=3) for name in ("whole", "other"))
+    (other / "shard-00001.safetensors").unlink()
+    with pytest.raises(UserError, match=r"other: holds 2 shards, and 3 by its report\.json; prepare again"):
+        packed(other)
+    shutil.copy(whole / "shard-00000.safetensors", other / "shard-00001.safetensors")
+    with pytest.raises(UserError, match=r"other: holds \d+ tokens, and 134 by its report\.json"):
+        packed(other)
 
 
 @pytest.mark.parametrize("path, complaint", [("", "data.path is not set"), ("/no/such/folder", "no such folder")])

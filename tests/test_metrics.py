@@ -1,6 +1,7 @@
 """The meter against arithmetic by hand, and what metrics.jsonl and the console say."""
 
 import re
+import sys
 
 import pytest
 import torch
@@ -101,6 +102,13 @@ def test_every_line_has_the_fields(corpus, tmp_path):
     assert all(row["padding"] == 0 for row in rows)
     assert len({row["step_ms"] for row in rows}) == 3  # means over steps 1-5, 6-10 and 11-12
     assert rows[4]["step_ms"] * rows[4]["tokens_per_s"] == pytest.approx(64_000)
+
+
+def test_a_run_that_is_ended_writes_the_lines_of_its_last_steps(corpus, tmp_path):
+    """As by SIGTERM without checkpoints."""
+    with pytest.raises(SystemExit):
+        train(tiny_run(corpus, tmp_path / "run"), on_step=lambda step, *_: sys.exit(143) if step == 3 else None)
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3]
 
 
 def test_padding_is_a_share_of_the_tokens(corpus, tmp_path):

@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
+from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import TINY, read_metrics, tiny_run
+from conftest import TINY, read_metrics, tiny_run, write_corpus
 from torch import nn
 
 from minitrain import (
@@ -20,11 +21,13 @@ from minitrain import (
     train,
 )
 from minitrain.batch import IGNORE
-from minitrain.config import TrainConfig, UserError
+from minitrain.config import TrainConfig, UserError, load_config
+from minitrain.hf import default_config
 from minitrain.loss import cross_entropy
 from minitrain.models import init_weights
 from minitrain.parallel import parallelize
 from minitrain.parallel.mesh import Mesh
+from minitrain.pieces import Saved
 from minitrain.train import forward_backward
 
 CPU = Mesh(torch.device("cpu"))
@@ -222,6 +225,16 @@ def test_a_model_with_weights_is_trained_as_it_is(corpus, tmp_path):
     assert trained is model and losses(tmp_path / "run")[0] > 10  # its own weights, not fresh ones
 
 
+def test_a_runs_folder_describes_the_model_that_was_given(corpus, tmp_path):
+    larger = Qwen3Config(**{**TINY, "num_hidden_layers": 3})
+    train(tiny_run(corpus, tmp_path / "run", train={"steps": 1}), model=build_model(larger))
+    assert load_config(tmp_path / "run/config.toml", [], default_config).model == larger
+    assert Saved(tmp_path / "run/checkpoints/latest").manifest["config"]["model"]["num_hidden_layers"] == 3
+    with pytest.raises(UserError, match=r"data\.max_seqlen=32 is more than model\.max_position_embeddings=16"):
+        short = Qwen3Config(**TINY, max_position_embeddings=16)
+        train(tiny_run(corpus, tmp_path / "short"), model=build_model(short))
+
+
 def test_data_may_be_any_iterator_and_the_optimizer_any_function(corpus, tmp_path):
     batch = random_batch([40, 24])
     made = []
@@ -315,6 +328,7 @@ def test_norms_of_any_name_begin_as_norms_and_what_has_no_rule_is_an_error(corpu
 def test_data_that_ends_is_named(corpus, tmp_path):
     with pytest.raises(UserError, match="the data ended before step 20"):
         train(tiny_run(corpus, tmp_path / "run"), data=[[random_batch([20])], [random_batch([30])]])
+    assert len(losses(tmp_path / "run")) == 2
 
 
 def test_what_an_optimizer_keeps_is_saved_or_refused(corpus, tmp_path):
@@ -328,6 +342,30 @@ def test_what_an_optimizer_keeps_is_saved_or_refused(corpus, tmp_path):
         train(tiny_run(corpus, tmp_path / "run", train={"steps": 2}), optimizer=lambda params: Counting(params, lr=0.1))
 
 
+@pytest.mark.parametrize("offload", ["", "optimizer"])
+@pytest.mark.parametrize(
+    "keep, complaint",
+    [
+        (lambda o: o.param_groups[0].update(momentum=0.5), r"momentum=0\.5 in a group"),
+        (lambda o: o.param_groups[0].update(k=3), "k=3 in a group"),
+        (lambda o: o.state["all"].update(k=3), r"state\['all'\]"),
+        (lambda o: None, None),
+    ],
+    ids=["changed", "new", "global", "nothing"],
+)
+def test_what_an_optimizer_keeps_beside_its_parameters_is_refused(corpus, tmp_path, keep, complaint, offload):
+    """It would be lost: a checkpoint holds what state[p] has."""
+
+    class Keeping(torch.optim.SGD):
+        def step(self):
+            super().step()
+            keep(self)
+
+    cfg = tiny_run(corpus, tmp_path / "run", train={"steps": 2}, parallel={"offload": offload})
+    with pytest.raises(UserError, match=f"Keeping keeps {complaint}; make it") if complaint else nullcontext():
+        train(cfg, optimizer=lambda params: Keeping(params, lr=0.1))
+
+
 def test_data_of_another_tokenizer_than_the_pretrained_models_is_refused(corpus, tmp_path):
     source = tmp_path / "source"
     save_pretrained(random_model(), source, tokenizer=corpus)
@@ -339,6 +377,19 @@ def test_data_of_another_tokenizer_than_the_pretrained_models_is_refused(corpus,
     (source / "tokenizer.json").write_text(text.replace('"100"', '"hundred"'))
     with pytest.raises(UserError, match="made with another tokenizer than"):
         train(cfg)
+
+
+def test_data_of_ones_own_takes_no_file_from_the_folder_that_the_run_starts_in(tmp_path, monkeypatch):
+    source, here = tmp_path / "source", tmp_path / "here"
+    write_corpus(tmp_path / "corpus", [[1]])
+    save_pretrained(random_model(), source, tokenizer=tmp_path / "corpus")
+    write_corpus(here, [[1]], vocab_size=50)
+    (here / "report.json").write_text('{"chat": true}')
+    (here / "chat_template.jinja").write_text("of another project")
+    monkeypatch.chdir(here)
+    cfg = tiny_run("", tmp_path / "run", Qwen3Config(**TINY, pretrained=str(source)), train={"steps": 1})
+    train(cfg, data=iter([[random_batch([20])]]))
+    assert not (tmp_path / "run" / "export" / "chat_template.jinja").exists()
 
 
 @pytest.mark.gpu

@@ -112,6 +112,15 @@ def test_a_run_that_was_stopped_has_each_validation_once(sources, tmp_path):
     assert validation_rows(tmp_path / "stopped") == validation_rows(tmp_path / "calm")
 
 
+def test_where_nothing_is_learnt_the_loss_is_no_number_and_no_checkpoint_the_best(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", [[1, 2, 3]] * 20, trained=[])
+    options = {"data": {"held_out": 2}, "train": {"steps": 2, "validate_every": 1}}
+    train(tiny_run(corpus, tmp_path / "run", checkpoint={"every": 1, "keep_best": True}, **options))
+    for row in validation_rows(tmp_path / "run"):
+        assert (row["loss"], row["perplexity"], row["trained_tokens"]) == (None, None, 0)
+    assert not (tmp_path / "run" / "checkpoints" / "best").exists()
+
+
 def test_experts_do_not_count_rows_of_validation(sources):
     model = random_model(Qwen3MoeConfig(**TINY, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2))
     validate(model, PackedData(DataConfig(**settings(sources)), CPU, 101), cross_entropy, CPU)

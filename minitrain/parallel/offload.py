@@ -4,7 +4,8 @@
     the step                 | unit 1 | unit 2 | unit 3 |
     back to the host                  | unit 1 | unit 2 | unit 3 |
 
-Rajbhandari et al. 2021, arXiv:2104.07857; here the device does the arithmetic, so any optimizer can be streamed.
+Rajbhandari et al. 2021, arXiv:2104.07857; here the device does the arithmetic, so any optimizer can be
+streamed that steps each parameter for itself: its step() is called once for each unit.
 """
 
 from collections.abc import Callable

@@ -51,6 +51,7 @@ def shard_optimizer(
 
 class MasterOptimizer:
     """Any torch.optim.Optimizer over the master weights of a model: make(list of fp32 Parameters) -> the optimizer.
+    Its use_loaded(), if it has one, is called when its state was loaded.
 
     masters: {parameter's name: its master}. Nothing here waits for the device, if the optimizer knows torch's
     grad_scale and found_inf (the fused ones do): a loss or norm that is no number then skips this step and all that
@@ -62,6 +63,7 @@ class MasterOptimizer:
         self.params = dict(model.named_parameters())
         self.masters = {name: _master(p) for name, p in self.params.items()}  # a frozen parameter is its own
         self.optimizer = make([master for master in self.masters.values() if master.requires_grad])
+        self.settings = [_numbers(group) for group in self.optimizer.param_groups]
         self.grad_scale = self.broken = None  # 0-d fp32: divides the gradients; 1 once something was no number
         self.hooks = [
             p.register_post_accumulate_grad_hook(_grad_mover(self.masters[name]))
@@ -144,6 +146,7 @@ class MasterOptimizer:
 
         UserError if the optimizer keeps what cannot be put together again.
         """
+        self._check_groups()
         pieces = {}
         for name in self._to_save():
             (first, _), part = self._span(name), part_of(self.params[name])
@@ -184,6 +187,8 @@ class MasterOptimizer:
             if end > first:
                 held = self.masters.get(name, self.params[name])
                 held.copy_(read(full_name, part_of(self.params[name]).box, first, end).view_as(held))
+        if hasattr(self.optimizer, "use_loaded"):
+            self.optimizer.use_loaded()
         self._use_loaded()
 
     def _use_loaded(self) -> None:
@@ -200,6 +205,16 @@ class MasterOptimizer:
     def _to_save(self) -> list[str]:
         """Parameters."""
         return [name for name, p in self.params.items() if p.numel()]
+
+    def _check_groups(self) -> None:
+        keeps, params = f"{type(self.optimizer).__name__} keeps", set()
+        for group, before in zip(self.optimizer.param_groups, self.settings, strict=True):
+            params |= set(group["params"])
+            for key, value in _numbers(group).items():
+                if value != before.get(key):
+                    raise UserError(f"{keeps} {key}={value} in a group; make it a tensor in state[p], to be saved")
+        if others := self.optimizer.state.keys() - params:
+            raise UserError(f"{keeps} state[{others.pop()!r}]; make it tensors in state[p], to be saved")
 
     def _check_state(self, name: str, key: str, value, master: nn.Parameter) -> None:
         keeps = f"{type(self.optimizer).__name__} keeps {name}.{key}"
@@ -252,6 +267,7 @@ class ShardedOptimizer(MasterOptimizer):
         self.optimizer = make(list(self.masters.values()) or [nn.Parameter(torch.zeros(0, device=mesh.device))])
         if self.is_sharded or mesh.group("tp").size > 1:
             _check_shard(self.optimizer, make)
+        self.settings = [_numbers(group) for group in self.optimizer.param_groups]
         self.host = HostState(self.optimizer, mesh.device) if cfg.offload == "optimizer" else None
         parts = [{key: of[key] for key in shared} for of in (self.units, self.flats, self.shards)]
         self.gathered = GatheredWeights(model, *parts) if shared and cfg.zero == 3 else None
@@ -401,6 +417,11 @@ def _check_shard(optimizer: torch.optim.Optimizer, make: Callable) -> None:
         raise UserError(
             f'{type(optimizer).__name__} needs whole matrices: say so on what makes it, as make.shard = "param"'
         )
+
+
+def _numbers(group: dict) -> dict[str, float]:
+    """Of a group of parameters, but for the learning rate, which each step sets."""
+    return {key: value for key, value in group.items() if isinstance(value, int | float) and key != "lr"}
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
