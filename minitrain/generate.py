@@ -86,6 +86,9 @@ class _Cached:
         return self.attention(q_THC, self.k, self.v, cu_seqlens_q, cu_seqlens_k, max_seqlen)
 
 
+_UNIT = 2**-40  # of probability: on a GPU torch has a deterministic sum along a tensor for whole numbers only
+
+
 def _sample(logits_V, temperature, top_k, top_p, generator) -> Tensor:
     """One token id, (1,)."""
     if temperature == 0:
@@ -95,6 +98,7 @@ def _sample(logits_V, temperature, top_k, top_p, generator) -> Tensor:
         logits_V = logits_V.masked_fill(logits_V < logits_V.topk(min(top_k, len(logits_V))).values[-1], -torch.inf)
     if top_p is not None:
         probs, order = logits_V.softmax(-1).sort(descending=True)
-        before = probs.cumsum(0) - probs  # the likeliest has 0 before it and always stays
-        logits_V = logits_V.index_fill(0, order[before >= top_p], -torch.inf)
+        units = (probs.double() / _UNIT).round().long()
+        before = units.cumsum(0) - units  # the likeliest has 0 before it and always stays
+        logits_V = logits_V.index_fill(0, order[before >= top_p / _UNIT], -torch.inf)
     return torch.multinomial(logits_V.softmax(-1), 1, generator=generator)

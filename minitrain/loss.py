@@ -46,9 +46,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_TD, w_VD, targets_T, vocabulary, grad_enabled):
-        with_grad = grad_enabled and any(ctx.needs_input_grad)  # the latter knows nothing of torch.no_grad
-        d_x = torch.empty_like(x_TD) if with_grad else None
-        d_w = torch.zeros_like(w_VD, dtype=_wide(w_VD.dtype)) if with_grad else None
+        with_d_x, with_d_w = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])  # these ignore no_grad
+        d_x = torch.empty_like(x_TD) if with_d_x else None
+        d_w = torch.zeros_like(w_VD, dtype=_wide(w_VD.dtype)) if with_d_w else None
+        with_grad = with_d_x or with_d_w
         losses = []
         rows = piece_rows(w_VD.shape[0], x_TD.element_size())
         buffer = x_TD.new_empty(min(rows, len(x_TD)), len(w_VD))  # for all pieces: else two would be there at a time
@@ -60,10 +61,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 losses.append(softmax_cross_entropy_(logits_NV, targets_T[piece], with_grad))
             else:
                 losses.append(_cut_softmax_cross_entropy_(logits_NV, targets_T[piece], vocabulary, with_grad))
-            if with_grad:  # logits_NV now holds their gradient
+            if with_d_x:  # logits_NV now holds their gradient
                 torch.mm(logits_NV, w_VD, out=d_x[piece])
+            if with_d_w:
                 _add_product(d_w, logits_NV.T, x)
-        if with_grad:
+        if with_d_x:
             vocabulary.sum(d_x)
         ctx.save_for_backward(d_x, d_w)
         ctx.w_dtype = w_VD.dtype
@@ -72,8 +74,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d):
         d_x, d_w = ctx.saved_tensors
-        d_w = torch.mul(d_w, d, out=d_w.new_empty(d_w.shape, dtype=ctx.w_dtype))  # rounded on the way
-        return d_x * d, d_w, None, None, None
+        if d_w is not None:
+            d_w = torch.mul(d_w, d, out=d_w.new_empty(d_w.shape, dtype=ctx.w_dtype))  # rounded on the way
+        return d_x if d_x is None else d_x * d, d_w, None, None, None
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:

@@ -5,6 +5,7 @@ FLOPs per trained step, for tokens/s to be turned into model FLOPs utilisation (
     F    6 * N * tokens + 12 * L * H * C * pairs    attention as if it were full, as many trainers print it
     HFU  C plus the forward of the blocks that recomputation runs again
 N: parameters in matrices that a token goes through: the head, not the embedding's look-up; of experts, the active ones.
+Those that are frozen count 4 times, not 6: their own gradient is not computed.
 Device values are kept on the device until a line on the console is due, so that a step never waits for the host.
 """
 
@@ -70,19 +71,25 @@ class Flops:
     blocks: int  # parameters in the blocks' matrices that a token goes through
     head: int  # parameters of the head
     attention: int  # L * H * C
+    frozen: int = 0  # of the parameters in blocks and head
 
     @classmethod
     def of(cls, model: nn.Module) -> "Flops":
         cfg = model.config
-        blocks = sum(_numel(p) for p in model.layers.parameters() if p.ndim == 2)
-        if stacked := sum(_numel(p) for p in model.layers.parameters() if p.ndim == 3):
-            blocks += stacked * cfg.num_experts_per_tok // cfg.num_experts
+
+        def active(matrices: list[nn.Parameter]) -> int:
+            stacked = sum(_numel(p) for p in matrices if p.ndim == 3)
+            experts = stacked * cfg.num_experts_per_tok // cfg.num_experts if stacked else 0
+            return sum(_numel(p) for p in matrices if p.ndim == 2) + experts
+
+        blocks = [p for p in model.layers.parameters() if p.ndim > 1]
+        head = [model.lm_head.weight] if model.lm_head is not None else []
         attention = cfg.num_hidden_layers * cfg.num_attention_heads * cfg.head_dim
-        return cls(blocks, _numel(model.lm_head.weight) if model.lm_head is not None else 0, attention)
+        return cls(active(blocks), active(head), attention, active([p for p in blocks + head if not p.requires_grad]))
 
     def causal(self, tokens: int, pairs: int) -> float:
         """C."""
-        return 6 * (self.blocks + self.head) * tokens + 6 * self.attention * pairs
+        return (6 * (self.blocks + self.head) - 2 * self.frozen) * tokens + 6 * self.attention * pairs
 
     def full(self, tokens: int, pairs: int) -> float:
         """F."""
@@ -115,7 +122,8 @@ class Log:
         self.writes, self.ranks = mesh.rank == 0, mesh.dp_size
         self.ranks_of_a_row = mesh.ranks_of_a_row
         flops = Flops.of(model)
-        self.flops = replace(flops, blocks=mesh.sum_stages(flops.blocks), head=mesh.sum_stages(flops.head))
+        matrices = {name: mesh.sum_stages(getattr(flops, name)) for name in ("blocks", "head", "frozen")}
+        self.flops = replace(flops, **matrices)
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         self.peak = peak_tflops(name)
         self.waiting: list[tuple[dict, int, int, dict[str, Tensor]]] = []  # row, tokens, pairs, scalars on the device

@@ -127,16 +127,19 @@ class Muon(torch.optim.Optimizer):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
 
     def _muon(self, p, group) -> Tensor:
-        momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-        momentum.lerp_(p.grad, 1 - group["momentum"])
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        momentum = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
         ahead = p.grad.lerp(momentum, group["momentum"])  # Nesterov's
         return orthogonalize(ahead).mul_(0.2 * max(p.shape[-2:]) ** 0.5)
 
     def _adam(self, p, group) -> Tensor:
         state, (beta1, beta2) = self.state[p], group["betas"]
-        for key in ("exp_avg", "exp_avg_sq"):
-            state.setdefault(key, torch.zeros_like(p))
-        step = state.setdefault("step", torch.zeros((), device=p.device)).add_(1)
+        if not state:
+            state.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p))
+            state["exp_avg_sq"] = torch.zeros_like(p)
+        step = state["step"].add_(1)
         mean = state["exp_avg"].lerp_(p.grad, 1 - beta1) / (1 - beta1**step)
         square = state["exp_avg_sq"].lerp_(p.grad.square(), 1 - beta2) / (1 - beta2**step)
         return mean / (square.sqrt() + group["eps"])

@@ -37,6 +37,28 @@ from minitrain.signals import EXIT_CODE, StopSignals
 from minitrain.validate import mean_loss, validate
 
 
+def _deterministic_if_asked(train: Callable) -> Callable:
+    """Inside of it torch raises RuntimeError for an operation that has no deterministic algorithm."""
+
+    @functools.wraps(train)
+    def wrapped(cfg: Config, **parts) -> nn.Module:
+        if not cfg.train.deterministic:
+            return train(cfg, **parts)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS begins; else products may differ
+        flags = torch.utils.deterministic
+        before = torch.are_deterministic_algorithms_enabled(), flags.fill_uninitialized_memory
+        torch.use_deterministic_algorithms(True)
+        flags.fill_uninitialized_memory = False  # it finds bugs, and costs a pass over every tensor
+        try:
+            return train(cfg, **parts)
+        finally:
+            torch.use_deterministic_algorithms(before[0])
+            flags.fill_uninitialized_memory = before[1]
+
+    return wrapped
+
+
+@_deterministic_if_asked
 def train(
     cfg: Config,
     *,
@@ -56,8 +78,6 @@ def train(
     Raises UserError for settings and files that do not fit, FloatingPointError when the loss is no number. SIGTERM and
     SIGUSR1 end it with SystemExit(143) after the step that runs, which is saved; a second one ends the process at once.
     """
-    if cfg.train.deterministic:
-        use_deterministic_algorithms()
     if model and isinstance(model.config, DecoderConfig):  # what is written down is what is trained
         pretrained = cfg.model.pretrained or model.config.pretrained
         cfg = replace(cfg, model=replace(model.config, pretrained=pretrained))
@@ -111,13 +131,6 @@ def _is_validated(step: int, cfg: Config) -> bool:
     """After `step` steps."""
     every = cfg.train.validate_every
     return every > 0 and (step % every == 0 or step == cfg.train.steps)
-
-
-def use_deterministic_algorithms() -> None:
-    """From here on in this process: torch raises RuntimeError for an operation that has none."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS begins; else its products may differ
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it finds bugs, and costs a pass over every tensor
 
 
 def forward_backward(

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from minitrain.data import PackedData
+from minitrain.parallel.cp import share_tokens
 from minitrain.parallel.ddp import parts_of
 from minitrain.parallel.mesh import Mesh
 from minitrain.parallel.pp import link_of, run
@@ -28,18 +29,21 @@ def validate(model: nn.Module, data: PackedData, loss_fn: Callable, mesh: Mesh) 
     loss: mean over the tokens that are trained on, in nats; no number where there are none. FloatingPointError if it is
     none for another reason.
     """
-    results, is_last = [], link_of(parts_of(model)[-1]).is_last  # of a pipeline's stages
+    results, cp = [], mesh.group("cp")
+    is_last, stages = link_of(parts_of(model)[-1]).is_last, link_of(model).ahead.size  # of a pipeline
     for source, rows in data.held_out_rows().items():
         losses, tokens = [], 0
         for batch in rows:
-            hidden_TD = run(model, batch)
+            mine = share_tokens(batch, cp)
+            hidden_TD = run(model, mine)
             if is_last:
-                losses.append(loss_fn(hidden_TD, model.lm_head, batch)[0].double())
+                losses.append(loss_fn(hidden_TD, model.lm_head, mine)[0].double())
             tokens += batch.num_targets
         losses = torch.stack(losses).tolist() if losses else []
         if not math.isfinite(sum(losses)):
             raise FloatingPointError(f"validation on {source}: loss {sum(losses)}")
-        total = sum(round(loss / _UNIT) for loss in losses) * link_of(model).ahead.size  # the other stages have none
+        # sum_rows divides by the ranks of a row, of which one stage has losses, and of its tokens each a part.
+        total = sum(round(loss / _UNIT) for loss in losses) * stages * cp.size
         total, tokens = mesh.sum_rows(total), mesh.sum_rows(tokens)
         loss = total * _UNIT / tokens if tokens else math.nan
         perplexity = math.inf if loss >= 700 else math.exp(loss)

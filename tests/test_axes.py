@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ from test_zero import SIZES
 from torch import nn
 
 import minitrain as mt
-from minitrain import save_pretrained
-from minitrain.attention import attention
-from minitrain.batch import IGNORE
+from minitrain import fused_attention, save_pretrained
+from minitrain.attention import BACKENDS, attention, reference
+from minitrain.batch import IGNORE, Batch
 from minitrain.boxes import part_of, take
 from minitrain.config import Config, DataConfig, ParallelConfig, TrainConfig, UserError
 from minitrain.hf import load_weights
@@ -27,7 +28,8 @@ from minitrain.models.llama import LlamaConfig
 from minitrain.models.qwen3 import Qwen3Config
 from minitrain.models.qwen3_moe import MoE, Qwen3MoeConfig
 from minitrain.parallel import parallelize
-from minitrain.parallel.cp import assign
+from minitrain.parallel.comm import Group
+from minitrain.parallel.cp import assign, share_tokens
 from minitrain.parallel.layout import objections
 from minitrain.parallel.mesh import ALONE, init_mesh
 from minitrain.parallel.zero import shard_optimizer
@@ -339,15 +341,77 @@ def test_a_parameter_that_the_plan_does_not_name_is_refused():
 )
 def test_the_work_of_ranks_is_balanced(lengths, ranks):
     work = torch.cat([torch.arange(1, n + 1) for n in lengths])
-    shares = assign(work, ranks)
+    shares = [
+        torch.tensor([*itertools.chain(*pieces)]) for pieces in assign([0, *itertools.accumulate(lengths)], ranks)
+    ]
     assert torch.cat(shares).sort()[0].equal(torch.arange(4096))
     assert {len(share) for share in shares} == {4096 // ranks}
     loads = [work[share].sum().item() for share in shares]
     assert max(loads) <= 1.1 * sum(loads) / ranks
 
 
+def test_ranks_share_a_row_whose_numbers_stay():
+    row = Batch.pack([torch.arange(n) for n in (5, 1, 18)])
+    row.num_targets = 7  # not what would be counted, for which a device waits
+    shares = [share_tokens(row, Group(rank, 2)) for rank in range(2)]
+    assert torch.cat([share.tokens for share in shares]).sort()[0].equal(row.tokens.sort()[0])
+    assert {(share.num_targets, share.num_pairs) for share in shares} == {(7, row.num_pairs)}
+
+
+def attention_in_one_op(q_THC, k_SKC, v_SKC, cu_q, cu_k, *_):
+    """What is compiled of our kernels on a GPU: an operation, of which only the shapes are known."""
+    return torch.ops.minitrain.attention_fwd(q_THC, k_SKC, v_SKC, cu_q, cu_k, 1 << 30, 0, 0.25, False, False)[0]
+
+
+def attention_on_the_cpu(q_THC, k_SKC, v_SKC, cu_q, cu_k, *_):
+    out = reference(q_THC, k_SKC, v_SKC, cu_q, cu_k, 0, None)
+    return out, out.new_zeros(out.shape[1], len(out), dtype=torch.float32)
+
+
+def gradients_on_the_cpu(d_out_THC, _d_lse, q_THC, k_SKC, v_SKC, _out, _lse, cu_q, cu_k, *_):
+    forward = functools.partial(reference, cu_q=cu_q, cu_k=cu_k, max_seqlen=0, window=None)
+    return torch.func.vjp(forward, q_THC, k_SKC, v_SKC)[1](d_out_THC)
+
+
+def count_compilations(recompute):
+    BACKENDS["in one op"] = attention_in_one_op
+    fused_attention.attention_fwd.register_kernel("cpu", attention_on_the_cpu)
+    fused_attention.attention_bwd.register_kernel("cpu", gradients_on_the_cpu)
+    compile, graphs = torch.compile, torch._dynamo.utils.counters["stats"]
+    cfg, grads = MODELS["tied"], {}
+    mesh = init_mesh("cpu", ParallelConfig(cp=2), cfg)
+    for compiled in ("off", "on"):
+        model = build_model(cfg, "cpu")
+        init_weights(model, 0)
+        train = TrainConfig(compile=compiled, recompute=recompute, attention="in one op")
+        with mock.patch("torch.compile", lambda f, **options: compile(f, backend="aot_eager", **options)):
+            parallelize(model, mesh, train)
+        grads[compiled] = []
+        for lengths in (
+            [32, 32, 0],
+            [64, 0, 0],
+            [40, 24, 0],
+            [1, 60, 3],
+            [30, 30, 4],
+        ):  # the first: as many keys as queries
+            row = Batch.pack([torch.arange(n) % 7 for n in lengths], 64)
+            model.zero_grad()
+            model(share_tokens(row, mesh.group("cp"))).square().mean().backward()
+            grads[compiled].append({name: p.grad for name, p in model.named_parameters()})
+        assert graphs["unique_graphs"] == (compiled == "on"), lengths  # of which all blocks make use
+    for on, off in zip(grads["on"], grads["off"], strict=True):
+        for name in off:
+            torch.testing.assert_close(on[name], off[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "cheap", "block"])
+def test_blocks_are_compiled_once_whatever_keys_a_rank_needs(recompute):
+    spawn(2, count_compilations, recompute)
+
+
 def test_rows_that_cannot_be_shared_out_are_refused(corpus, tmp_path):
     with pytest.raises(UserError, match=r"a row of 9 tokens is not divisible by parallel\.cp=2"):
-        assign(torch.arange(9), 2)
+        assign([0, 9], 2)
     with pytest.raises(UserError, match=r"data\.tokens_per_row=64 is not divisible by parallel\.cp=3"):
         tiny_run(corpus, tmp_path, parallel={"cp": 3})

@@ -209,7 +209,7 @@ def test_a_setting_that_the_checkpoint_has_not_or_that_changes_nothing_is_not_co
     packed(corpus, packing="best_fit").load_state(state)
     with pytest.raises(UserError, match="look_ahead was 256, is 99"):
         packed(corpus, packing="best_fit", look_ahead=99).load_state(state)
-    packed(corpus, look_ahead=99).load_state(packed(corpus).state() | {"look_ahead": 256})  # as versions before saved it
+    packed(corpus, look_ahead=99).load_state(packed(corpus).state() | {"look_ahead": 256})  # as versions before had it
 
 
 def test_a_place_of_a_version_without_mixtures_is_refused(corpus):

@@ -143,6 +143,13 @@ def test_temperature_divides_the_logits(temperature):
         assert share == pytest.approx(float(expected[token]), abs=0.04)
 
 
+def test_top_p_adds_whole_numbers_up_for_which_a_gpu_has_a_deterministic_algorithm(monkeypatch):
+    cumsum, seen = torch.Tensor.cumsum, []
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda x, dim: seen.append(x.dtype) or cumsum(x, dim))
+    drawn(n=1, top_p=0.5)
+    assert seen == [torch.int64]
+
+
 def test_the_same_seed_gives_the_same_tokens():
     model = tiny()
     first = generate(model, PROMPT, 20, seed=7)

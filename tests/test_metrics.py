@@ -44,6 +44,17 @@ def test_of_experts_the_active_ones_count():
     assert flops.blocks + flops.head == pytest.approx(3.04e9, rel=1e-2)  # the 3B of A3B, less the embedding
 
 
+def test_frozen_matrices_have_no_gradient_of_their_own():
+    cfg = Qwen3MoeConfig(**TINY, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2)
+    model = build_model(cfg)
+    whole = Flops.of(model)
+    model.lm_head.requires_grad_(False)
+    model.layers["1"].mlp.experts.requires_grad_(False)
+    flops = Flops.of(model)
+    assert flops.frozen == 101 * 32 + 2 * 3 * 32 * 24
+    assert flops.full(10, 30) == whole.full(10, 30) - 2 * flops.frozen * 10
+
+
 def test_c_f_and_hfu_are_what_the_docstring_says():
     flops = Flops(blocks=1000, head=100, attention=7)
     tokens, pairs = 50, 30**2 + 20**2

@@ -141,6 +141,15 @@ def test_muon_is_its_update_on_hidden_matrices_and_adamw_elsewhere():
         torch.testing.assert_close(p, twin)
 
 
+def test_muon_makes_its_state_once(monkeypatch):
+    p, q = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(4))
+    optimizer = muon(OptimConfig(), vocab_size=11)([p, q])
+    for _ in range(2):
+        p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+        optimizer.step()
+        monkeypatch.setattr(torch, "zeros_like", None)
+
+
 def test_muon_leaves_what_has_no_gradient():
     p, q = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
     p.grad = torch.eye(3)

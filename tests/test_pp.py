@@ -240,6 +240,29 @@ def test_a_run_goes_on_with_other_stages_validates_and_is_converted(tmp_path):
     assert all(torch.allclose(moved[name], alone[name], atol=1e-4) for name in alone)
 
 
+def train_half(cfg):
+    model = build_model(cfg.model)
+    for module in (model.embed_tokens, model.layers["0"], model.layers["1"]):
+        module.requires_grad_(False)
+    mt.train(cfg, model=model)
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_first_part_may_be_frozen(zero, corpus, tmp_path):
+    def config(name, **parallel):
+        model = mt.Qwen3Config(**TINY | {"num_hidden_layers": 5})
+        checkpoint = {"every": 0, "export": False}
+        data = {"rows_per_step": 2}
+        return tiny_run(
+            corpus, tmp_path / name, model, train={"steps": 3}, parallel=parallel, checkpoint=checkpoint, data=data
+        )
+
+    train_half(config("alone"))
+    spawn(2, train_half, config("parts", pp=2, pp_parts=2, zero=zero))
+    for row, of_one in zip(*(read_metrics(tmp_path / name) for name in ("parts", "alone")), strict=True):
+        assert [row[key] for key in ("loss", "grad_norm")] == pytest.approx([of_one["loss"], of_one["grad_norm"]], 1e-4)
+
+
 def load_stages(folder):
     one = load_file(folder / "model.safetensors")
     names = set()

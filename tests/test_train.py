@@ -438,26 +438,24 @@ def test_on_the_gpu_loss_and_gradients_are_as_near_to_exact_ones_as_plain_bf16s(
         )
 
 
-@pytest.fixture
-def deterministic_again():
-    """As it was: the setting is the process's."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
-
-
 @pytest.mark.parametrize("asked", [False, True])
-def test_only_deterministic_training_asks_torch_for_it(corpus, tmp_path, deterministic_again, asked):
-    seen = []
+def test_only_deterministic_training_asks_torch_for_it_and_only_while_it_runs(corpus, tmp_path, asked):
+    def settings():
+        return torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+
+    seen, before = [], settings()
     cfg = tiny_run(corpus, tmp_path / "run", train={"steps": 1, "deterministic": asked})
-    train(cfg, on_step=lambda *_: seen.append(torch.are_deterministic_algorithms_enabled()))
-    assert seen == [asked]
+    train(cfg, on_step=lambda *_: seen.append(settings()))
+    assert seen == [(True, False) if asked else before]
+    assert settings() == before
+    with pytest.raises(UserError, match="cannot be imported"):
+        train(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, loss="no:such")))
+    assert settings() == before
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
-def test_deterministic_training_on_the_gpu_gives_the_same_bits_twice(tmp_path, deterministic_again, kind):
+def test_deterministic_training_on_the_gpu_gives_the_same_bits_twice(tmp_path, kind):
     sizes = TINY | {"head_dim": 64}
     model = Qwen3Config(**sizes) if kind == "qwen3" else dataclasses.replace(MOE, **sizes)
     data = [[random_batch([900, 31, 700]).to("cuda"), random_batch([1631]).to("cuda")] for _ in range(4)]

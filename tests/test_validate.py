@@ -7,15 +7,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, read_metrics, tiny_run, write_corpus
+from conftest import TINY, read_metrics, spawn, tiny_run, write_corpus
 from torch import nn
 
 from minitrain import Batch, PackedData, Qwen3Config, Qwen3MoeConfig, UserError, build_model, train
 from minitrain.batch import IGNORE
-from minitrain.config import DataConfig, SourceConfig
+from minitrain.config import DataConfig, ParallelConfig, SourceConfig, TrainConfig
 from minitrain.loss import cross_entropy
 from minitrain.models import init_weights
-from minitrain.parallel.mesh import Mesh
+from minitrain.parallel import parallelize
+from minitrain.parallel.comm import Group
+from minitrain.parallel.mesh import Mesh, init_mesh
 from minitrain.validate import validate
 
 CPU = Mesh(torch.device("cpu"))
@@ -70,7 +72,9 @@ def test_any_number_of_ranks_gives_the_same_numbers(sources, n):
     sums = []  # what each rank would add, in the order of the calls
 
     def run(rank, total):
-        mesh = SimpleNamespace(device=torch.device("cpu"), dp_rank=rank, dp_size=n, sum_rows=total)
+        mesh = SimpleNamespace(
+            device=torch.device("cpu"), dp_rank=rank, dp_size=n, sum_rows=total, group=lambda _: Group()
+        )
         return validate(model, PackedData(cfg, mesh, 101), cross_entropy, mesh)
 
     for rank in range(n):
@@ -79,6 +83,23 @@ def test_any_number_of_ranks_gives_the_same_numbers(sources, n):
     totals = [map(sum, zip(*sums, strict=True)) for _ in range(n)]
     results = [run(rank, lambda _, rank=rank: next(totals[rank])) for rank in range(n)]
     assert results == [validate(model, PackedData(cfg, CPU, 101), cross_entropy, CPU)] * n
+
+
+def validate_in_parts(cfg, expected):
+    model, lengths = random_model(), []
+    mesh = init_mesh("cpu", ParallelConfig(cp=2), model.config)
+    parallelize(model, mesh, TrainConfig())
+    model.register_forward_pre_hook(lambda _, args: lengths.append(len(args[0].tokens)))
+    results = validate(model, PackedData(cfg, mesh, 101), cross_entropy, mesh)
+    assert set(lengths) == {cfg.tokens_per_row // 2}
+    for result, of_one in zip(results, expected, strict=True):
+        assert result["trained_tokens"] == of_one["trained_tokens"]
+        assert result["loss"] == pytest.approx(of_one["loss"], rel=1e-5)
+
+
+def test_ranks_that_share_a_row_in_training_share_it_here(sources):
+    cfg = DataConfig(**settings(sources))
+    spawn(2, validate_in_parts, cfg, validate(random_model(), PackedData(cfg, CPU, 101), cross_entropy, CPU))
 
 
 def test_a_run_validates_every_n_steps_and_at_the_end(sources, tmp_path, capsys):

@@ -11,6 +11,8 @@ queries, which its signature knows: any function works unchanged, with positions
 """
 
 import functools
+import itertools
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -54,55 +56,74 @@ def _with_all_counts(loss: Callable, group: Group, probs_TE: Tensor, counts_E: T
 
 
 def share_tokens(batch: Batch, group: Group) -> Batch:
-    """This rank's tokens of a row that all ranks of the group have. The host reads where documents end: one sync."""
+    """This rank's tokens of a row that all ranks of the group have. The host reads where documents end: one sync.
+
+    num_targets and num_pairs stay those of the row.
+    """
     if group.size == 1:
         return batch
-    T, ends = len(batch.tokens), batch.cu_seqlens_q.cpu().long()
-    begin_T = ends[torch.searchsorted(ends, torch.arange(T), right=True) - 1]  # of each token's document
-    ranks = assign(torch.arange(T) - begin_T + 1, group.size)
-    place_T = torch.cat(ranks).argsort()  # in the keys of all ranks, one after the other
+    ends, device = batch.cu_seqlens_q.tolist(), batch.tokens.device
+    pieces = assign(ends, group.size)
+    mine, runs = pieces[group.rank], _runs(pieces[group.rank], ends)
 
-    mine = ranks[group.rank]
-    is_first = torch.cat([torch.ones(1, dtype=torch.bool), (mine.diff() != 1) | (begin_T[mine].diff() != 0)])
-    first = is_first.nonzero()[:, 0]
-    last = torch.cat([first[1:], torch.tensor([len(mine)])]) - 1
-    runs = [(int(begin_T[end]), int(end) + 1) for end in mine[last]]
-    num_runs = len(ends) - 1 + _PIECES[-1]  # never more: shapes stay
-    device = batch.tokens.device
-    cu_q, cu_k = (
-        torch.tensor([0, *lengths, *[0] * (num_runs - len(runs))]).cumsum(0).to(device, torch.int32)
-        for lengths in ((last - first + 1).tolist(), [end - begin for begin, end in runs])
+    order = [piece.start for of_rank in pieces for piece in of_rank]  # in the keys of all ranks, one after the other
+    places = torch.arange(ends[-1], device=device).chunk(len(order))
+    place_T = torch.cat([places[i] for i in sorted(range(len(order)), key=order.__getitem__)])
+
+    def ends_of(lengths: list[int]) -> Tensor:
+        filled = lengths + [0] * (len(ends) - 1 + _PIECES[-1] - len(runs))  # never more runs: shapes stay
+        return torch.tensor([*itertools.accumulate(filled, initial=0)], dtype=torch.int32).to(device, non_blocking=True)
+
+    cu_q = ends_of([end - first for _, first, end in runs])
+    cu_k = ends_of([end - begin for begin, _, end in runs])
+    cu_q.key_rows = torch.cat([place_T[begin:end] for begin, _, end in runs])
+    torch._dynamo.maybe_mark_dynamic(cu_q.key_rows, 0)  # as many as the row wants, for which nothing is compiled anew
+    tokens, targets, positions = (
+        torch.cat([x_T[piece.start : piece.stop] for piece in mine])
+        for x_T in (batch.tokens, batch.targets, batch.positions)
     )
-    cu_q.key_rows = torch.cat([place_T[begin:end] for begin, end in runs]).to(device)
-    mine = mine.to(device)
-    return replace(
-        batch,
-        tokens=batch.tokens[mine],
-        targets=batch.targets[mine],
-        positions=batch.positions[mine],
-        cu_seqlens_q=cu_q,
-        cu_seqlens_k=cu_k,
-        num_targets=None,
-        num_pairs=batch.num_pairs // group.size,
-    )
+    return replace(batch, tokens=tokens, targets=targets, positions=positions, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
 
 
-def assign(work_T: Tensor, ranks: int) -> list[Tensor]:
-    """Work of each token -> the tokens of each rank, ascending, equally many."""
-    T = len(work_T)
+def _runs(pieces: list[range], ends: list[int]) -> list[tuple[int, int, int]]:
+    """Neighbouring tokens of a document in these pieces: where it begins, the first of them, the last + 1."""
+    runs = []
+    for piece in pieces:
+        first = piece.start
+        while first < piece.stop:
+            i = bisect_right(ends, first)
+            begin, end = ends[i - 1], min(ends[i], piece.stop)
+            if runs and (runs[-1][0], runs[-1][2]) == (begin, first):  # the piece before is its neighbour
+                first = runs.pop()[1]
+            runs.append((begin, first, end))
+            first = end
+    return runs
+
+
+def assign(ends: list[int], ranks: int) -> list[list[range]]:
+    """Where documents end, from 0 on -> the tokens of each rank, equally many: pieces of one size, ascending."""
+    T = ends[-1]
     if T % ranks:
         raise UserError(f"a row of {T} tokens is not divisible by parallel.cp={ranks}")
+    pairs = [0, *itertools.accumulate((b - a) * (b - a + 1) // 2 for a, b in itertools.pairwise(ends))]
+
+    def work_before(token: int) -> int:
+        """Keys that all tokens before it see."""
+        i = bisect_right(ends, token) - 1
+        return pairs[i] + (token - ends[i]) * (token - ends[i] + 1) // 2
+
     best = None
     for each in (each for each in _PIECES if T % (ranks * each) == 0):
-        work = work_T.view(ranks * each, -1).sum(1).tolist()
+        size = T // (ranks * each)
+        starts = range(0, T, size)
+        work = [work_before(start + size) - work_before(start) for start in starts]
         pieces, loads = [[] for _ in range(ranks)], [0] * ranks
         for i in sorted(range(len(work)), key=lambda i: -work[i]):  # the largest first, to the rank that has least
             rank = min((r for r in range(ranks) if len(pieces[r]) < each), key=lambda r: loads[r])
-            pieces[rank].append(i)
+            pieces[rank].append(range(starts[i], starts[i] + size))
             loads[rank] += work[i]
         if best is None or max(loads) < best[0]:
             best = max(loads), pieces
         if max(loads) * ranks <= _BALANCED * sum(loads):
             break
-    tokens = torch.arange(T).view(-1, T // (ranks * len(best[1][0])))
-    return [tokens[sorted(of_rank)].flatten() for of_rank in best[1]]
+    return [sorted(of_rank, key=lambda piece: piece.start) for of_rank in best[1]]

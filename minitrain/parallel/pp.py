@@ -167,7 +167,8 @@ class Link:
         if not self.is_last:
             d_TD = torch.empty_like(y)
             receive(d_TD, self.after, self.from_after)
-        y.backward(d_TD)
+        if y.requires_grad:  # in a first part all may be frozen
+            y.backward(d_TD)
         if not self.is_first:
             self._send(x_TD.grad, self.before, self.to_before)
 
