@@ -5,6 +5,7 @@ Everything here is a function of modules that you can import; who needs another 
 
 import contextlib
 import functools
+import logging
 import os
 import platform
 import shutil
@@ -34,6 +35,8 @@ from minitrain.parallel.pp import link_of, parts_of
 from minitrain.parallel.zero import shard_optimizer
 from minitrain.signals import EXIT_CODE, StopSignals
 from minitrain.validate import mean_loss, validate
+
+log = logging.getLogger(__name__)
 
 
 def train(
@@ -66,6 +69,7 @@ def train(
     data = iter(PackedData(cfg.data, mesh, model.config.vocab_size) if data is None else data)
     if cfg.train.validate_every and not hasattr(data, "held_out_rows"):
         raise UserError("train.validate_every: data of your own needs held_out_rows(), as PackedData has it")
+    _warn(cfg)
     model = parallelize(model, mesh, cfg.train)
     fill = set_weights(model, cfg, mesh)
     opt = shard_optimizer(model, optimizer or adamw(cfg.optim), mesh, cfg.parallel, fill)
@@ -103,6 +107,16 @@ def train(
         template = chat_template(cfg.data.all_sources)
         save_pretrained(model, Path(cfg.run_dir) / "export", tokenizer, overwrite=True, chat_template=template)
     return model
+
+
+def _warn(cfg: Config) -> None:
+    """Of settings that do less than they say; a trial of some steps may well have them."""
+    if cfg.optim.warmup_steps >= cfg.train.steps:
+        log.warning("optim.warmup_steps=%s: the learning rate does not reach optim.lr in train.steps=%s",
+                    cfg.optim.warmup_steps, cfg.train.steps)  # fmt: skip
+    if cfg.data.held_out and not cfg.train.validate_every:
+        log.warning("data.held_out=%s: not trained on, and with train.validate_every=0 not validated on either",
+                    cfg.data.held_out)  # fmt: skip
 
 
 def _is_validated(step: int, cfg: Config) -> bool:
