@@ -16,7 +16,6 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from minitrain.boxes import Box, Part, part_of, take
@@ -30,6 +29,7 @@ from minitrain.parallel.mesh import is_first
 from minitrain.storage import (
     Later,
     NewFolder,
+    load_tokenizer,
     open_safetensors,
     read_json,
     send_pieces,
@@ -402,17 +402,6 @@ def _shard_name(i: int, n: int) -> str:
 
 
 # ---- tokenizers
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """tokenizer.json of a folder."""
-    path = Path(folder) / "tokenizer.json"
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises a plain Exception
-        raise UserError(f"{path}: cannot be read as a tokenizer: {error}") from None
 
 
 def read_chat_template(folder: str | Path) -> str | None:

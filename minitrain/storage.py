@@ -22,6 +22,7 @@ from queue import SimpleQueue
 
 import torch
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from minitrain.config import UserError
@@ -187,6 +188,17 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds no JSON object")
     return value
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """tokenizer.json of a folder. UserError if it is absent or none."""
+    path = Path(folder) / "tokenizer.json"
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises a plain Exception
+        raise UserError(f"{path}: cannot be read as a tokenizer: {error}") from None
 
 
 class NewFolder:

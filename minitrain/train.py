@@ -22,7 +22,7 @@ from minitrain.batch import Batch
 from minitrain.checkpoint import Checkpointer
 from minitrain.config import Config, UserError, to_toml
 from minitrain.data import PackedData
-from minitrain.hf import chat_template, find_folder, load_tokenizer, load_weights, save_pretrained
+from minitrain.hf import chat_template, find_folder, load_weights, save_pretrained
 from minitrain.metrics import Log
 from minitrain.models import build_model, init_weights, load_object, materialize
 from minitrain.models.layers import DecoderConfig
@@ -34,6 +34,7 @@ from minitrain.parallel.mesh import ALONE, Mesh, init_mesh
 from minitrain.parallel.pp import link_of, parts_of
 from minitrain.parallel.zero import shard_optimizer
 from minitrain.signals import EXIT_CODE, StopSignals
+from minitrain.storage import load_tokenizer
 from minitrain.validate import mean_loss, validate
 
 log = logging.getLogger(__name__)
