@@ -161,7 +161,7 @@ def forward_backward(
                 y = y * scale
                 sums[""] += y.detach()
                 for name, value in named.items():
-                    sums[name] = sums.get(name, 0.0) + value.detach() * scale
+                    sums[name] = sums.get(name, 0.0) + torch.as_tensor(value, device=y.device).detach() * scale
             rows[i, part] = x_TD, y
         else:
             with backward(parts[part], i == len(batches) - 1):

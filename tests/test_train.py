@@ -209,13 +209,15 @@ def test_a_nan_in_the_loss_alone_stops_the_run_before_the_step(corpus, tmp_path)
 
 def test_on_step_sees_every_step_the_model_and_the_extras(corpus, tmp_path):
     def loss_fn(hidden, head, batch):
-        return cross_entropy(hidden, head, batch)[0], {"tokens": torch.tensor(float(batch.num_targets))}
+        named = {"tokens": torch.tensor(float(batch.num_targets)), "twice": 2.0 * batch.num_targets}
+        return cross_entropy(hidden, head, batch)[0], named
 
     seen = []
     cfg = tiny_run(corpus, tmp_path / "run", train={"steps": 5})
     model = train(cfg, loss_fn=loss_fn, on_step=lambda *args: seen.append(args))
     assert [step for step, *_ in seen] == [1, 2, 3, 4, 5]
     assert all(m is model and extras["tokens"].item() == pytest.approx(1) for _, m, extras in seen)  # a mean, too
+    assert all(row["twice"] == pytest.approx(2) for row in read_metrics(tmp_path / "run"))  # a plain number may be one
 
 
 def test_a_model_with_weights_is_trained_as_it_is(corpus, tmp_path):
