@@ -163,6 +163,9 @@ def hub_config(model: nn.Module) -> dict:
     cfg = {f.name: getattr(model.config, f.name) for f in fields(model.config)}
     kind = cfg.pop("type")
     del cfg["pretrained"]
+    if cfg["rope_scaling"]:  # TOML and flags make all its numbers floats; this one counts tokens
+        whole = "original_max_position_embeddings"
+        cfg["rope_scaling"] = {k: int(v) if k == whole else v for k, v in cfg["rope_scaling"].items()}
     return {
         "architectures": [type(model).__name__],
         "model_type": kind,
