@@ -42,7 +42,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 10 << 20
 _MAX_TENSORS = 200_000
 THREADS = 8  # that hash, and read or write, of a process: one hashes 1 to 2 GB/s, and disks do more
@@ -68,7 +68,7 @@ def write_safetensors(
     header, offset = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     for name, t in tensors.items():
         size = t.shape.numel() * t.dtype.itemsize
-        header[name] = {"dtype": _CODES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + size]}
+        header[name] = {"dtype": CODES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that 8-byte numbers lie on 8-byte borders when the file is mapped
