@@ -376,6 +376,7 @@ def _run_tyro(schema, flags) -> Config:
     lines = [line.strip("│ ") for line in complaint.getvalue().splitlines()[1:]]
     start = itertools.dropwhile(_is_rule, lines)
     text = " ".join(itertools.takewhile(lambda line: not _is_rule(line), start))
+    text = text or " ".join(complaint.getvalue().split())  # of a tyro that lays it out otherwise
     raise UserError(re.sub(r"^Error parsing ((?!--)[^:]*: )?", "", text))  # a section's own checks name the setting
 
 
