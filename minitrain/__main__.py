@@ -17,10 +17,11 @@ import torch
 
 from minitrain.config import Config, UserError, load_config, take_config
 from minitrain.generate import generate
-from minitrain.hf import default_config, end_of_text, load_tokenizer
+from minitrain.hf import default_config, end_of_text
 from minitrain.parallel import mesh
 from minitrain.prove import prove
 from minitrain.signals import EXIT_CODE
+from minitrain.storage import load_tokenizer
 from minitrain.train import train
 
 

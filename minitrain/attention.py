@@ -62,7 +62,6 @@ class Facts(NamedTuple):
     device: str
     dtype: torch.dtype
     head_dim: int
-    equal_lengths: bool
     window: bool
 
 
@@ -120,7 +119,7 @@ def choose(
     auto takes the first that can run of a list, our own kernels and then by measured speed (benchmarks/); it says once
     which.
     """
-    facts = Facts(device, dtype, head_dim, equal_lengths, window)
+    facts = Facts(device, dtype, head_dim, window)
     if backend != "auto":
         if backend not in BACKENDS:
             raise ValueError(f"attention backend {backend!r} is unknown; there are: auto, {', '.join(BACKENDS)}")

@@ -195,7 +195,7 @@ class CheckpointConfig:
     keep: int = 2
     """Newest checkpoints that are kept."""
     keep_every: int = 0
-    """Those after a multiple of so many steps are kept, too; 0: none of them."""
+    """Those after a multiple of so many steps, itself one of every, are kept, too; 0: none of them."""
     keep_best: bool = False
     """The one of the lowest validation loss so far, over the tokens of all sources, is kept, too: the link best."""
     on_failure: Literal["stop", "go_on"] = "stop"
@@ -210,6 +210,10 @@ class CheckpointConfig:
     def __post_init__(self):
         _at_least(0, checkpoint__every=self.every, checkpoint__keep_every=self.keep_every)
         _at_least(1, checkpoint__keep=self.keep)
+        if self.every and self.keep_every % self.every:
+            raise UserError(
+                f"checkpoint.keep_every={self.keep_every}: must be a multiple of checkpoint.every={self.every}"
+            )
 
 
 @dataclass
@@ -372,6 +376,7 @@ def _run_tyro(schema, flags) -> Config:
     lines = [line.strip("│ ") for line in complaint.getvalue().splitlines()[1:]]
     start = itertools.dropwhile(_is_rule, lines)
     text = " ".join(itertools.takewhile(lambda line: not _is_rule(line), start))
+    text = text or " ".join(complaint.getvalue().split())  # of a tyro that lays it out otherwise
     raise UserError(re.sub(r"^Error parsing ((?!--)[^:]*: )?", "", text))  # a section's own checks name the setting
 
 

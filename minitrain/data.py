@@ -19,7 +19,6 @@ import zlib
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -30,6 +29,7 @@ from minitrain.batch import IGNORE, Batch
 from minitrain.config import DataConfig, UserError
 from minitrain.parallel.mesh import Mesh
 from minitrain.shards import Pieces, open_sources
+from minitrain.storage import load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class PackedData:
     def _show_next(self) -> None:
         """So that a person sees what is trained on."""
         row = self.make_row(self._new_stream(self.place).next_row(), self.stream.pieces)
-        tokenizer = Tokenizer.from_file(str(Path(self.sources[0].path) / "tokenizer.json"))
+        tokenizer = load_tokenizer(self.sources[0].path)
         log.info("step %s begins with these documents; what is learnt is in >> <<\n%s", self.step + 1,
                  "\n".join(f"    {line}" for line in show(row, tokenizer)))  # fmt: skip
 

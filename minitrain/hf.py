@@ -17,7 +17,6 @@ from pathlib import Path
 import huggingface_hub
 import torch
 from safetensors import safe_open
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from minitrain.boxes import Box, Part, part_of, take
@@ -31,6 +30,7 @@ from minitrain.parallel.mesh import is_first
 from minitrain.storage import (
     Later,
     NewFolder,
+    load_tokenizer,
     open_safetensors,
     read_json,
     send_pieces,
@@ -164,6 +164,9 @@ def hub_config(model: nn.Module) -> dict:
     cfg = {f.name: getattr(model.config, f.name) for f in fields(model.config)}
     kind = cfg.pop("type")
     del cfg["pretrained"]
+    if cfg["rope_scaling"]:  # TOML and flags make all its numbers floats; this one counts tokens
+        whole = "original_max_position_embeddings"
+        cfg["rope_scaling"] = {k: int(v) if k == whole else v for k, v in cfg["rope_scaling"].items()}
     return {
         "architectures": [type(model).__name__],
         "model_type": kind,
@@ -403,17 +406,6 @@ def _shard_name(i: int, n: int) -> str:
 
 
 # ---- tokenizers
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """tokenizer.json of a folder."""
-    path = Path(folder) / "tokenizer.json"
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises a plain Exception
-        raise UserError(f"{path}: cannot be read as a tokenizer: {error}") from None
 
 
 def read_chat_template(folder: str | Path) -> str | None:

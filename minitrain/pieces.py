@@ -38,6 +38,7 @@ from torch import Tensor
 from minitrain.boxes import Box, common, numel, rows_of_run, run_as_boxes, take, whole_box
 from minitrain.config import UserError
 from minitrain.storage import (
+    CODES,
     DTYPES,
     MAX_HEADER_BYTES,
     THREADS,
@@ -48,7 +49,6 @@ from minitrain.storage import (
 )
 
 FORMAT = 2
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
 _SEAL = ',\n  "sha256": '
 _CHUNK = 1 << 20  # bytes that a thread reads at a time to check them: they stay in its core's cache
 
@@ -81,7 +81,7 @@ def write_pieces(path: Path, pieces: Mapping[str, Piece]) -> dict:
         place = {"file": path.name, "first": piece.first, "end": piece.first + piece.values.numel()}
         if piece.box != whole_box(piece.shape):
             place["box"] = [[side.start, side.stop] for side in piece.box]
-        about = {"dtype": _CODES[piece.values.dtype], "shape": list(piece.shape)}
+        about = {"dtype": CODES[piece.values.dtype], "shape": list(piece.shape)}
         tensors[name] = {**about, "pieces": [{**place, "sha256": sums[name]}]}
     file = {"bytes": size, "header_bytes": size - held, "header_sha256": sums[""]}
     return {"files": {path.name: file}, "tensors": tensors}

@@ -22,6 +22,7 @@ from queue import SimpleQueue
 
 import torch
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from minitrain.config import UserError
@@ -41,7 +42,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 10 << 20
 _MAX_TENSORS = 200_000
 THREADS = 8  # that hash, and read or write, of a process: one hashes 1 to 2 GB/s, and disks do more
@@ -67,7 +68,7 @@ def write_safetensors(
     header, offset = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     for name, t in tensors.items():
         size = t.shape.numel() * t.dtype.itemsize
-        header[name] = {"dtype": _CODES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + size]}
+        header[name] = {"dtype": CODES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that 8-byte numbers lie on 8-byte borders when the file is mapped
@@ -187,6 +188,17 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds no JSON object")
     return value
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """tokenizer.json of a folder. UserError if it is absent or none."""
+    path = Path(folder) / "tokenizer.json"
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises a plain Exception
+        raise UserError(f"{path}: cannot be read as a tokenizer: {error}") from None
 
 
 class NewFolder:

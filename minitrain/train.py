@@ -5,6 +5,7 @@ Everything here is a function of modules that you can import; who needs another 
 
 import contextlib
 import functools
+import logging
 import os
 import platform
 import shutil
@@ -21,7 +22,7 @@ from minitrain.batch import Batch
 from minitrain.checkpoint import Checkpointer
 from minitrain.config import Config, UserError, to_toml
 from minitrain.data import PackedData
-from minitrain.hf import chat_template, find_folder, load_tokenizer, load_weights, save_pretrained
+from minitrain.hf import chat_template, find_folder, load_weights, save_pretrained
 from minitrain.metrics import Log
 from minitrain.models import build_model, init_weights, load_object, materialize
 from minitrain.models.layers import DecoderConfig
@@ -34,7 +35,10 @@ from minitrain.parallel.mesh import ALONE, Mesh, init_mesh
 from minitrain.parallel.pp import link_of
 from minitrain.parallel.zero import shard_optimizer
 from minitrain.signals import EXIT_CODE, StopSignals
+from minitrain.storage import load_tokenizer
 from minitrain.validate import mean_loss, validate
+
+log = logging.getLogger(__name__)
 
 
 def _deterministic_if_asked(train: Callable) -> Callable:
@@ -87,6 +91,7 @@ def train(
     data = iter(PackedData(cfg.data, mesh, model.config.vocab_size) if data is None else data)
     if cfg.train.validate_every and not hasattr(data, "held_out_rows"):
         raise UserError("train.validate_every: data of your own needs held_out_rows(), as PackedData has it")
+    _warn(cfg)
     model = parallelize(model, mesh, cfg.train)
     fill = set_weights(model, cfg, mesh)
     opt = shard_optimizer(model, optimizer or adamw(cfg.optim), mesh, cfg.parallel, fill)
@@ -127,6 +132,16 @@ def train(
     return model
 
 
+def _warn(cfg: Config) -> None:
+    """Of settings that do less than they say; a trial of some steps may well have them."""
+    if cfg.optim.warmup_steps >= cfg.train.steps:
+        log.warning("optim.warmup_steps=%s: the learning rate does not reach optim.lr in train.steps=%s",
+                    cfg.optim.warmup_steps, cfg.train.steps)  # fmt: skip
+    if cfg.data.held_out and not cfg.train.validate_every:
+        log.warning("data.held_out=%s: not trained on, and with train.validate_every=0 not validated on either",
+                    cfg.data.held_out)  # fmt: skip
+
+
 def _is_validated(step: int, cfg: Config) -> bool:
     """After `step` steps."""
     every = cfg.train.validate_every
@@ -161,7 +176,7 @@ def forward_backward(
                 y = y * scale
                 sums[""] += y.detach()
                 for name, value in named.items():
-                    sums[name] = sums.get(name, 0.0) + value.detach() * scale
+                    sums[name] = sums.get(name, 0.0) + torch.as_tensor(value, device=y.device).detach() * scale
             rows[i, part] = x_TD, y
         else:
             with backward(parts[part], i == len(batches) - 1):

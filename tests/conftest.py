@@ -88,9 +88,7 @@ def write_corpus(folder, documents, vocab_size=101, shards=1, trained=None):
     folder.mkdir(parents=True, exist_ok=True)
     words = {str(i): i for i in range(vocab_size)}
     Tokenizer(models.WordLevel(words, unk_token="0")).save(str(folder / "tokenizer.json"))
-    metadata = {
-        "tokenizer_sha256": sha256(folder / "tokenizer.json"), "vocab_size": str(vocab_size), "eos_token_id": ""
-    }  # fmt: skip
+    metadata = {"tokenizer_sha256": sha256(folder / "tokenizer.json"), "vocab_size": str(vocab_size)}
     for i in range(shards):
         mine = documents[i::shards]
         offsets = torch.tensor([0, *(len(d) for d in mine)]).cumsum(0)

@@ -75,8 +75,8 @@ def assert_all_close(actual, expected, **tolerance):
         torch.testing.assert_close(a, b.to(a.dtype), **tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def skip_if_it_cannot_run(backend, q: Tensor, window=None, equal_lengths=False):
-    if reason := why_not(backend, Facts(q.device.type, q.dtype, q.shape[-1], equal_lengths, window is not None)):
+def skip_if_it_cannot_run(backend, q: Tensor, window=None):
+    if reason := why_not(backend, Facts(q.device.type, q.dtype, q.shape[-1], window is not None)):
         pytest.skip(reason)
 
 
@@ -153,7 +153,7 @@ def assert_no_worse_than_plain_bf16(actual, plain, exact, name="out"):
 @backends
 def test_documents_of_equal_length_in_one_call_equal_the_loop(backend):
     q, k, v, cu, _, max_seqlen = make(([16, 16, 16], None))
-    skip_if_it_cannot_run(backend, q, equal_lengths=True)
+    skip_if_it_cannot_run(backend, q)
     padded = torch.cat([cu, cu[-1:]])  # with an empty document, lengths are not equal any more
     d_out = torch.randn_like(q)
     one_call, loop = (
@@ -268,14 +268,14 @@ def test_a_backend_that_cannot_run_says_why(backend, window, message):
 def test_what_a_gpu_backend_needs_is_said():
     bf16, fp32 = torch.bfloat16, torch.float32
     for name, facts, message in [
-        ("varlen", Facts("cuda", fp32, 64, False, False), "bfloat16 or float16, not torch.float32"),
-        ("varlen", Facts("cuda", bf16, 60, False, False), "head dim 60 is not a multiple of 8"),
-        ("varlen", Facts("cuda", bf16, 264, False, False), "head dim 264 is not a multiple of 8 up to 256"),
-        ("flex", Facts("cuda", bf16, 96, False, False), "head dim 96 is not a power of two"),
+        ("varlen", Facts("cuda", fp32, 64, False), "bfloat16 or float16, not torch.float32"),
+        ("varlen", Facts("cuda", bf16, 60, False), "head dim 60 is not a multiple of 8"),
+        ("varlen", Facts("cuda", bf16, 264, False), "head dim 264 is not a multiple of 8 up to 256"),
+        ("flex", Facts("cuda", bf16, 96, False), "head dim 96 is not a power of two"),
     ]:
         assert message in why_not(name, facts)
-    assert why_not("varlen", Facts("cuda", bf16, 128, False, False)) is None
-    assert why_not("flex", Facts("cuda", fp32, 64, False, True)) is None
+    assert why_not("varlen", Facts("cuda", bf16, 128, False)) is None
+    assert why_not("flex", Facts("cuda", fp32, 64, True)) is None
 
 
 @pytest.fixture
@@ -296,7 +296,7 @@ def packages(tmp_path, monkeypatch):
 
 
 def test_a_package_that_is_missing_or_broken_is_named(packages):
-    facts = Facts("cuda", torch.bfloat16, 64, False, False)
+    facts = Facts("cuda", torch.bfloat16, 64, False)
     (packages / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
     assert why_not("flash_attn", facts) == "the package flash_attn cannot be imported: undefined symbol: _ZN3c10"
     assert why_not("xformers", facts) == "the package xformers is not installed"

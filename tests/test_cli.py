@@ -138,6 +138,7 @@ FLAGS = {
     "--optim.min_lr_ratio=1.5": ["optim.min_lr_ratio=1.5: must be between 0 and 1"],
     "--optim.eps=0": ["optim.eps=0.0: must be more than 0"],
     "--optim.decay_steps=5": ["optim.decay_steps=5: needed with schedule wsd"],
+    "--checkpoint.keep_every=1500": ["checkpoint.keep_every=1500: must be a multiple of checkpoint.every=1000"],
     "--model.num_attention_heads=3": ["num_attention_heads=3", "num_key_value_heads=2"],
     "--model.head_dim=7": ["head_dim=7", "even"],
     "--model.type=qwen9": ["model.type='qwen9'", "qwen3_moe"],

@@ -3,11 +3,13 @@
 import ast
 import dataclasses
 import inspect
+import sys
 import textwrap
 import tomllib
 from pathlib import Path
 
 import pytest
+import tyro
 from conftest import TINY
 
 from minitrain import Config, LlamaConfig, Qwen3Config, Qwen3MoeConfig, build_model, save_pretrained
@@ -66,6 +68,16 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
 def test_flags_may_be_written_with_a_blank_or_an_equals_sign(flags, tmp_path):
     cfg = load("[checkpoint]\nexport = true", *flags, tmp_path=tmp_path)
     assert (cfg.checkpoint.export, cfg.train.sample, cfg.data.seed) == (False, "a b", -3)
+
+
+def test_what_tyro_complains_of_is_said_also_in_a_layout_of_another_version(tmp_path, monkeypatch):
+    def cli(*args, **options):
+        print("steps: no number", file=sys.stderr)
+        sys.exit(2)
+
+    monkeypatch.setattr(tyro, "cli", cli)
+    with pytest.raises(UserError, match=r"^steps: no number$"):
+        load("", tmp_path=tmp_path)
 
 
 SOURCES = '[[data.sources]]\npath = "web"\nweight = 3\n[[data.sources]]\npath = "a b"\n'

@@ -20,7 +20,7 @@ from minitrain.batch import IGNORE, Batch
 from minitrain.config import DataConfig, SourceConfig, UserError
 from minitrain.data import PackedData, Stream, show
 from minitrain.parallel.mesh import Mesh
-from minitrain.storage import open_safetensors, write_json, write_safetensors
+from minitrain.storage import open_safetensors, sha256, write_json, write_safetensors
 
 CPU = Mesh(torch.device("cpu"))
 LENGTHS = [7, 1, 12, 3, 30, 5, 16, 1, 2, 40, 9, 8]  # 134 tokens; with max_seqlen 16 three documents are split
@@ -209,7 +209,7 @@ def test_a_setting_that_the_checkpoint_has_not_or_that_changes_nothing_is_not_co
     packed(corpus, packing="best_fit").load_state(state)
     with pytest.raises(UserError, match="look_ahead was 256, is 99"):
         packed(corpus, packing="best_fit", look_ahead=99).load_state(state)
-    packed(corpus, look_ahead=99).load_state(packed(corpus).state() | {"look_ahead": 256})  # as versions before had it
+    packed(corpus, look_ahead=99).load_state(packed(corpus).state() | {"look_ahead": 256})  # as saved before
 
 
 def test_a_place_of_a_version_without_mixtures_is_refused(corpus):
@@ -563,6 +563,13 @@ def test_a_folder_that_lacks_a_shard_or_has_another_folders_is_refused(tmp_path)
     shutil.copy(whole / "shard-00000.safetensors", other / "shard-00001.safetensors")
     with pytest.raises(UserError, match=r"other: holds \d+ tokens, and 134 by its report\.json"):
         packed(other)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named(corpus):
+    write_json(corpus / "tokenizer.json", {"x": 1})
+    rewrite_shard(corpus, [1, 2, 3], [0, 3], tokenizer_sha256=sha256(corpus / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"tokenizer\.json: cannot be read as a tokenizer"):
+        next(packed(corpus, tokens_per_row=4, max_seqlen=4))
 
 
 @pytest.mark.parametrize("path, complaint", [("", "data.path is not set"), ("/no/such/folder", "no such folder")])

@@ -7,15 +7,15 @@ import sys
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY
 from reference import CASES, LLAMA3_ROPE, hub_model
 from test_storage import LiveBytes
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitrain import hf
-from minitrain.config import UserError
-from minitrain.hf import default_config, from_pretrained, read_config, save_pretrained
+from minitrain.config import UserError, load_config
+from minitrain.hf import default_config, from_pretrained, hub_config, read_config, save_pretrained
 from minitrain.models import build_model, init_weights, materialize, model_class
 from minitrain.models.layers import CausalLM
 from minitrain.models.llama import LlamaForCausalLM
@@ -221,6 +221,13 @@ def test_both_dialects_of_config_json_say_the_same(case, tmp_path):
     if old:
         edit_config(tmp_path, rope_scaling={**{k: v for k, v in old.items() if k != "rope_type"}, "type": "llama3"})
         assert torch.equal(from_pretrained(tmp_path).logits(tokens), ours.logits(tokens))
+
+
+def test_a_number_of_tokens_that_toml_made_a_float_is_exported_as_an_int():
+    cfg = load_config(ROOT / "configs" / "llama3_8b.toml", ["--model.num_hidden_layers=1"], default_config)
+    assert type(cfg.model.rope_scaling["original_max_position_embeddings"]) is float
+    rope = hub_config(build_model(cfg.model))["rope_scaling"]
+    assert rope == cfg.model.rope_scaling and type(rope["original_max_position_embeddings"]) is int
 
 
 def test_absent_keys_mean_what_they_mean_to_transformers(tmp_path):

@@ -42,13 +42,13 @@ def shards_of(folder):
 def documents_of(folder):
     """The texts in the shards; each must end with the end-of-text token and have it nowhere else."""
     tokenizer, documents = Tokenizer.from_file(str(folder / "tokenizer.json")), []
-    for tokens, offsets, metadata in shards_of(folder):
+    end_of_text = tokenizer.token_to_id("<|endoftext|>")
+    for tokens, offsets, _ in shards_of(folder):
         assert offsets[0] == 0 and offsets[-1] == len(tokens)
         for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
             ids = tokens[start:end].tolist()
-            if eos := metadata["eos_token_id"]:
-                assert ids.index(int(eos)) == len(ids) - 1
-                ids.pop()
+            assert ids.index(end_of_text) == len(ids) - 1
+            ids.pop()
             documents.append(tokenizer.decode(ids, skip_special_tokens=False))
     return documents
 
@@ -85,7 +85,7 @@ def test_documents_come_out_whole_and_in_order_of_the_inputs(tmp_path):
     for tokens, offsets, metadata in shards:
         assert tokens.dtype == torch.uint16 and offsets.dtype == torch.int64
         assert metadata["tokenizer_sha256"] == sha256(tmp_path / "out" / "tokenizer.json")
-        assert metadata["vocab_size"] == str(report["vocab_size"]) and metadata["eos_token_id"] == "0"
+        assert metadata["vocab_size"] == str(report["vocab_size"])
         assert offsets[-2] < 200  # the document that fills a shard is its last
 
 
@@ -304,16 +304,16 @@ def test_ids_take_two_bytes_where_they_fit(tmp_path, size, dtype):
 def test_end_of_text_is_what_the_config_names_or_a_usual_one(tmp_path, config, expected):
     words = write_tokenizer(tmp_path / "words", ["a", "<end>", "<|end_of_text|>", "</s>"], config=config)
     prepare([write_jsonl(tmp_path / "a.jsonl", ["a"])], tmp_path / "out", tokenizer=words, workers=1)
-    ((tokens, _, metadata),) = shards_of(tmp_path / "out")
-    assert tokens.tolist() == [0, expected] and metadata["eos_token_id"] == str(expected)
+    ((tokens, *_),) = shards_of(tmp_path / "out")
+    assert tokens.tolist() == [0, expected]
 
 
 def test_a_tokenizer_without_end_of_text_is_said_and_one_that_lies_refused(tmp_path, capsys):
     source = write_jsonl(tmp_path / "a.jsonl", ["a"])
     words = write_tokenizer(tmp_path / "words", ["a"])
     prepare([source], tmp_path / "out", tokenizer=words, workers=1)
-    ((tokens, _, metadata),) = shards_of(tmp_path / "out")
-    assert tokens.tolist() == [0] and metadata["eos_token_id"] == ""
+    ((tokens, *_),) = shards_of(tmp_path / "out")
+    assert tokens.tolist() == [0]
     assert "no end-of-text token" in capsys.readouterr().err
     liar = write_tokenizer(tmp_path / "liar", ["a"], config={"eos_token": "<end>"})
     with pytest.raises(UserError, match=r"eos_token '<end>' is not in tokenizer\.json"):
@@ -390,7 +390,7 @@ def test_a_folder_with_another_tokenizer_is_refused(tmp_path):
         prepare([source], out, tokenizer=words, workers=1)
     assert [path.name for path in out.iterdir()] == ["tokenizer.json"]
     prepare([source], out, tokenizer=words, workers=1, overwrite=True)
-    assert documents_of(out) == ["a"]
+    assert [tokens.tolist() for tokens, *_ in shards_of(out)] == [[0, 1]]
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.zst"])

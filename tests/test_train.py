@@ -209,13 +209,15 @@ def test_a_nan_in_the_loss_alone_stops_the_run_before_the_step(corpus, tmp_path)
 
 def test_on_step_sees_every_step_the_model_and_the_extras(corpus, tmp_path):
     def loss_fn(hidden, head, batch):
-        return cross_entropy(hidden, head, batch)[0], {"tokens": torch.tensor(float(batch.num_targets))}
+        named = {"tokens": torch.tensor(float(batch.num_targets)), "twice": 2.0 * batch.num_targets}
+        return cross_entropy(hidden, head, batch)[0], named
 
     seen = []
     cfg = tiny_run(corpus, tmp_path / "run", train={"steps": 5})
     model = train(cfg, loss_fn=loss_fn, on_step=lambda *args: seen.append(args))
     assert [step for step, *_ in seen] == [1, 2, 3, 4, 5]
     assert all(m is model and extras["tokens"].item() == pytest.approx(1) for _, m, extras in seen)  # a mean, too
+    assert all(row["twice"] == pytest.approx(2) for row in read_metrics(tmp_path / "run"))  # a plain number may be one
 
 
 def test_a_model_with_weights_is_trained_as_it_is(corpus, tmp_path):
@@ -269,6 +271,19 @@ def test_settings_of_another_model_than_the_pretrained_are_refused(corpus, tmp_p
     wider = Qwen3Config(**{**TINY, "intermediate_size": 64}, pretrained=str(tmp_path / "export"))
     with pytest.raises(UserError, match="has shape"):
         train(tiny_run(corpus, tmp_path / "run", wider))
+
+
+def test_settings_that_do_less_than_they_say_are_said_in_a_line(corpus, tmp_path, caplog):
+    settings = {"data": {"held_out": 2}, "optim": {"warmup_steps": 3}}
+    train(tiny_run(corpus, tmp_path / "run", train={"steps": 3}, **settings))
+    warmup, held_out = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert warmup == "optim.warmup_steps=3: the learning rate does not reach optim.lr in train.steps=3"
+    assert held_out.startswith("data.held_out=2: not trained on, and with train.validate_every=0 not validated on")
+    assert [row["lr"] for row in read_metrics(tmp_path / "run")] == pytest.approx([0.0025, 0.005, 0.0075])
+    caplog.clear()
+    train(tiny_run(corpus, tmp_path / "calm", train={"steps": 4, "validate_every": 4}, **settings))
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    assert read_metrics(tmp_path / "calm")[-1]["lr"] == 0.01
 
 
 def test_a_run_is_a_pure_function_of_its_config(corpus, tmp_path):

@@ -67,7 +67,6 @@ class Encoder:
         if unknown := [token for token in (*recipe.begin_with, *end_with) if token not in ids]:
             raise UserError(f"{unknown[0]!r} is no token of the tokenizer")
         self.begin, self.end = ([ids[token] for token in tokens] for tokens in (recipe.begin_with, end_with))
-        self.eos_id = ids.get(eos)
         jinja = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else None
         source = chat.find_template(config, jinja) if recipe.chat else None
         self.template = source and ChatTemplate(source, chat.special_tokens(config))

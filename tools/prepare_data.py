@@ -319,7 +319,6 @@ class ShardWriter:
         if self.hashes:  # for a run that goes on from here
             tensors["hashes"] = torch.frombuffer(self.hashes, dtype=torch.uint8).view(-1, 16)
         metadata = {"tokenizer_sha256": encoder.sha256, "vocab_size": str(encoder.size)}
-        metadata["eos_token_id"] = "" if encoder.eos_id is None else str(encoder.eos_id)
         self._publish(_shard_name(p.shards), write_safetensors, tensors, metadata)
         p.shards, p.seconds = p.shards + 1, time.perf_counter() - self.started
         self._publish("progress.json", write_json, asdict(p))
