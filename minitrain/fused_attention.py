@@ -14,6 +14,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from minitrain import extension
 from minitrain.extension import address, addressable, kernels, packed, stream_of
 
 HEAD_DIMS = {"hopper": (64, 128), "portable": (64, 96, 128, 192, 256)}
@@ -92,17 +93,14 @@ def check_documents(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_queries: int
 
 def why_not(device_type: str, dtype: torch.dtype, head_dim: int, device: int | None = None) -> str | None:
     """Why the kernels cannot take such tensors on this GPU (None: the current one), or None if they can."""
-    if kernels is None:
-        return "the CUDA extension is not built: it needs nvcc when minitrain is installed"
-    if device_type != "cuda" or not torch.cuda.is_available():
-        return f"it runs on CUDA devices only, not on {device_type}"
+    if device_type == "cuda" and device is None and torch.cuda.is_available():
+        device = torch.cuda.current_device()
+    if reason := extension.why_not(device_type, device):
+        return reason
     if dtype != torch.bfloat16:
         return f"it takes bfloat16, not {dtype}"
     if head_dim not in HEAD_DIMS["portable"]:
         return f"head dim {head_dim} is none of {', '.join(map(str, HEAD_DIMS['portable']))}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0) or ("80" not in kernels.archs.split(";") and capability != (9, 0)):
-        return f"it was built for {kernels.archs}, and this GPU has compute capability {capability[0]}.{capability[1]}"
     return None
 
 

@@ -3,13 +3,20 @@
 import torch
 from torch import Tensor
 
-from minitrain.extension import address, kernels, stream_of
+from minitrain.extension import address, kernels, runs_on, stream_of
 
 
 def can_step(params: list[Tensor]) -> bool:
-    """Whether adamw_ takes these: fp32 on a CUDA device, their `rounded` bf16, and the extension is built."""
-    is_bf16 = all(p.rounded.dtype == torch.bfloat16 for p in params if hasattr(p, "rounded"))
-    return kernels is not None and is_bf16 and all(p.is_cuda and p.dtype == torch.float32 for p in params)
+    """Whether adamw_ takes these: fp32 on a GPU that the extension is built for, their `rounded` bf16, all contiguous.
+
+    Gradients are read row by row, with which a parameter of other strides would be paired wrongly.
+    """
+    rounded = [p.rounded for p in params if hasattr(p, "rounded")]
+    return (
+        all(runs_on(p.device.type, p.device.index) and p.dtype == torch.float32 for p in params)
+        and all(r.dtype == torch.bfloat16 for r in rounded)
+        and all(x.is_contiguous() for x in [*params, *rounded])
+    )
 
 
 def adamw_(
@@ -54,8 +61,8 @@ def _addresses(p, grad, state):
 @torch.profiler.record_function("minitrain::global_norm")
 def global_norm(tensors: list[Tensor]) -> Tensor:
     """Euclidean norm of all elements, 0-d in fp32 (fp64 for fp64), the same bits every time. There must be a tensor."""
-    first = tensors[0]
-    if kernels is None or any(not x.is_cuda or x.dtype not in (torch.float32, torch.bfloat16) for x in tensors):
+    first, dtypes = tensors[0], (torch.float32, torch.bfloat16)
+    if not all(runs_on(x.device.type, x.device.index) and x.dtype in dtypes for x in tensors):
         norms = torch._foreach_norm(tensors, 2, torch.promote_types(first.dtype, torch.float32))
         return torch.linalg.vector_norm(torch.stack(norms))
     tensors = [_dense(x) for x in tensors]
