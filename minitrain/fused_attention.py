@@ -39,7 +39,8 @@ def fused_attention(
     q (T, H, C), k and v (S, K, C): bf16 on one CUDA device, K divides H, C of HEAD_DIMS; slices of one packed qkv are
     read in place, what the kernels cannot address is copied. cu_seqlens_* (N + 1,) int32, the same N: document i is
     rows cu[i] : cu[i + 1], from 0 on; rows past the last entry belong to no document, their out is 0. The host does not
-    look at them: check_documents does, and waits. max_seqlen: not needed, here for attention()'s signature.
+    look at them: check_documents does, and waits. T and S are at most 8,192 tiles of rows: 1,048,576 by "hopper", else
+    524,288, and 262,144 where C is 256. max_seqlen: not needed, here for attention()'s signature.
     causal: query i of n sees key j of m iff j <= i + m - n (else every key of its document); window: and iff
     j >= i + m - n - window. scale: of the scores, positive, C**-0.5 if None.
     lse: log of the sum of exp(score), natural, -inf where a query sees nothing (its out is 0). For merge.
