@@ -64,7 +64,7 @@ def share_tokens(batch: Batch, group: Group) -> Batch:
         return batch
     ends, device = batch.cu_seqlens_q.tolist(), batch.tokens.device
     pieces = assign(ends, group.size)
-    mine, runs = pieces[group.rank], _runs(pieces[group.rank], ends)
+    mine, runs = pieces[group.rank], runs_of(pieces[group.rank], ends)
 
     order = [piece.start for of_rank in pieces for piece in of_rank]  # in the keys of all ranks, one after the other
     places = torch.arange(ends[-1], device=device).chunk(len(order))
@@ -85,7 +85,7 @@ def share_tokens(batch: Batch, group: Group) -> Batch:
     return replace(batch, tokens=tokens, targets=targets, positions=positions, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
 
 
-def _runs(pieces: list[range], ends: list[int]) -> list[tuple[int, int, int]]:
+def runs_of(pieces: list[range], ends: list[int]) -> list[tuple[int, int, int]]:
     """Neighbouring tokens of a document in these pieces: where it begins, the first of them, the last + 1."""
     runs = []
     for piece in pieces:
