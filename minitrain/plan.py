@@ -116,9 +116,9 @@ def _mesh(cfg: Config, ranks: int, stage: Group) -> Mesh:
 
 def _buffers(units: dict[str, Unit], parallel: ParallelConfig, width: int) -> int:
     """Of units that ranks share out: whole weights under ZeRO 3, a row's gradients under ZeRO 2 and 3."""
-    shared = {key: unit for key, unit in units.items() if unit.shard.size > 1}
     if parallel.zero < 2:
         return 0
+    shared = {key: unit for key, unit in units.items() if unit.shard.size > 1}
     reduced = 2 if parallel.reduce_dtype == "bfloat16" else _WIDE
     rows = reduced * sum(numel * count for numel, count in row_buffers(shared).items())
     if parallel.zero == 2:
@@ -156,9 +156,7 @@ def _kept_by_block(cfg: Config, model: nn.Module, recompute: str) -> int:
         return stream
     if recompute == "block":
         return stream + T * q
-    if (
-        recompute == "none"
-    ):  # the residual stream before each half, what norms make of it, q and k before and after RoPE
+    if recompute == "none":  # the residual stream and its norm, twice; q and k before and after RoPE; SwiGLU's
         return 2 * stream + T * (2 * D + 3 * q + kv + 3 * inner + 2 * experts * D) + 2 * _keys(cfg) * kv
     has_norms = any("q_norm" in name for name, _ in model.named_parameters())
     products = T * (2 * q + 2 * kv + D + 2 * inner + experts * D)  # results of matrix products, and of attention
