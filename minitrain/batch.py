@@ -35,6 +35,7 @@ class Batch:
     num_pairs: int | None = None  # sum of squared document lengths: (query, key) pairs without the causal mask
     share: float = 0.0  # in training 1 / rows of the step: weighs what is averaged over rows, such as router losses
     num_padding: int = 0  # tokens at the end that only fill the row
+    is_real: Tensor | None = None  # (T,) bool, False at these tokens; None: there are none
 
     def __post_init__(self):
         if self.num_targets is None:

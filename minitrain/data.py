@@ -159,7 +159,9 @@ class PackedData:
         start_of = torch.zeros(T, dtype=torch.int64)
         start_of[starts] = torch.tensor(starts)
         positions = torch.arange(T) - start_of.cummax(0).values
-        return Batch(tokens, targets, positions, cu_seqlens, cu_seqlens, max_seqlen, num_padding=T - at)
+        is_real = torch.arange(T) < at if self.cfg.packing == "best_fit" else None  # in all rows or none
+        ends = cu_seqlens, cu_seqlens, max_seqlen
+        return Batch(tokens, targets, positions, *ends, num_padding=T - at, is_real=is_real)
 
     def _check(self, tokens: Tensor, successors: list[int], parts: list["Part"], tables: list[Pieces]) -> None:
         least, most = torch.aminmax(tokens)

@@ -1,5 +1,9 @@
-"""The CUDA extension, minitrain.kernels, and what all that call it say of tensors: addresses, strides, streams."""
+"""The CUDA extension, minitrain.kernels: where it runs, and what all that call it say of tensors.
 
+These are addresses, strides and streams.
+"""
+
+import functools
 import importlib.util
 
 import torch
@@ -9,6 +13,24 @@ if importlib.util.find_spec("minitrain.kernels"):
     from minitrain import kernels
 else:  # built without nvcc
     kernels = None
+
+
+def runs_on(device_type: str, index: int | None) -> bool:
+    """Whether the kernels run on this device."""
+    return why_not(device_type, index) is None
+
+
+@functools.cache
+def why_not(device_type: str, index: int | None) -> str | None:
+    """Why the kernels do not run on this device, or None if they do. index: of a GPU."""
+    if kernels is None:
+        return "the CUDA extension is not built: it needs nvcc when minitrain is installed"
+    if device_type != "cuda" or not torch.cuda.is_available():
+        return f"it runs on CUDA devices only, not on {device_type}"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < (8, 0) or ("80" not in kernels.archs.split(";") and capability != (9, 0)):
+        return f"it was built for {kernels.archs}, and this GPU has compute capability {capability[0]}.{capability[1]}"
+    return None
 
 
 def stream_of(device: torch.device) -> int:

@@ -14,6 +14,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from minitrain import extension
 from minitrain.extension import address, addressable, kernels, packed, stream_of
 
 HEAD_DIMS = {"hopper": (64, 128), "portable": (64, 96, 128, 192, 256)}
@@ -38,7 +39,8 @@ def fused_attention(
     q (T, H, C), k and v (S, K, C): bf16 on one CUDA device, K divides H, C of HEAD_DIMS; slices of one packed qkv are
     read in place, what the kernels cannot address is copied. cu_seqlens_* (N + 1,) int32, the same N: document i is
     rows cu[i] : cu[i + 1], from 0 on; rows past the last entry belong to no document, their out is 0. The host does not
-    look at them: check_documents does, and waits. max_seqlen: not needed, here for attention()'s signature.
+    look at them: check_documents does, and waits. T and S are at most 8,192 tiles of rows: 1,048,576 by "hopper", else
+    524,288, and 262,144 where C is 256. max_seqlen: not needed, here for attention()'s signature.
     causal: query i of n sees key j of m iff j <= i + m - n (else every key of its document); window: and iff
     j >= i + m - n - window. scale: of the scores, positive, C**-0.5 if None.
     lse: log of the sum of exp(score), natural, -inf where a query sees nothing (its out is 0). For merge.
@@ -110,18 +112,18 @@ def check_documents(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_queries: int
 
 def why_not(device_type: str, dtype: torch.dtype, head_dim: int, device: int | None = None) -> str | None:
     """Why the kernels cannot take such tensors on this GPU (None: the current one), or None if they can."""
-    if kernels is None:
-        return "the CUDA extension is not built: it needs nvcc when minitrain is installed"
-    if device_type != "cuda" or not torch.cuda.is_available():
-        return f"it runs on CUDA devices only, not on {device_type}"
+    if device_type == "cuda" and device is None and torch.cuda.is_available():
+        device = torch.cuda.current_device()
+    if reason := extension.why_not(device_type, device):
+        return reason
     if dtype != torch.bfloat16:
         return f"it takes bfloat16, not {dtype}"
     if head_dim not in HEAD_DIMS["portable"]:
         return f"head dim {head_dim} is none of {', '.join(map(str, HEAD_DIMS['portable']))}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0) or ("80" not in kernels.archs.split(";") and capability != (9, 0)):
-        return f"it was built for {kernels.archs}, and this GPU has compute capability {capability[0]}.{capability[1]}"
     return None
+
+
+torch.compiler.assume_constant_result(extension.runs_on)  # marks it; here, since importing this takes the compiler
 
 
 @torch.compiler.assume_constant_result  # a compiled caller sees the answer, not how it was found

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from minitrain.batch import IGNORE, Batch
-from minitrain.extension import kernels, stream_of
+from minitrain.extension import kernels, runs_on, stream_of
 
 _PIECE_BYTES = 5 << 28  # 1.25 GiB of logits at a time: 4,416 rows of bf16 at V = 151,936, enough for full GEMM speed
 
@@ -95,11 +95,15 @@ def softmax_cross_entropy_(logits_NV: Tensor, targets_N: Tensor, write_grad: boo
 
     logits (N, V) contiguous, bf16 or fp32 (on the CPU also fp64, whose losses are fp64); targets (N,) int64.
     """
+    return _in_torch(logits_NV, targets_N, write_grad)
+
+
+def _in_torch(logits_NV, targets_N, write_grad):
     rows = zip(logits_NV.split(256), targets_N.split(256), strict=True)  # what is made in fp32 on the way stays small
-    return torch.cat([_softmax_cross_entropy_(*r, write_grad) for r in rows])
+    return torch.cat([_rows_in_torch(*r, write_grad) for r in rows])
 
 
-def _softmax_cross_entropy_(logits_NV, targets_N, write_grad):
+def _rows_in_torch(logits_NV, targets_N, write_grad):
     wide = logits_NV.to(_wide(logits_NV.dtype))  # the tensor itself where it is fp32
     trained_N = targets_N != IGNORE
     picked_N1 = targets_N.clamp(min=0)[:, None]
@@ -144,6 +148,8 @@ if kernels is not None:
 
     @softmax_cross_entropy_.register_kernel("cuda")
     def _(logits_NV, targets_N, write_grad):
+        if not runs_on(logits_NV.device.type, logits_NV.device.index):
+            return _in_torch(logits_NV, targets_N, write_grad)
         N, V = logits_NV.shape
         if not logits_NV.is_contiguous() or not targets_N.is_contiguous():
             raise ValueError("softmax_cross_entropy_: logits and targets must be contiguous")

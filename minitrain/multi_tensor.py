@@ -3,17 +3,23 @@
 import torch
 from torch import Tensor
 
-from minitrain.extension import address, kernels, stream_of
+from minitrain.extension import address, kernels, runs_on, stream_of
 
 
 def can_step(params: list[Tensor]) -> bool:
-    """Whether adamw_ takes these: fp32 on a CUDA device, their `rounded` bf16, and the extension is built.
+    """Whether adamw_ takes these: fp32 on a GPU that the extension is built for, their `rounded` bf16, all contiguous.
 
-    Known before the first step too, when offloaded masters are in host memory: by where their `rounded` are.
+    Known before the first step too, when offloaded masters are in host memory: by where their `rounded` are. Gradients
+    are read row by row, with which a parameter of other strides would be paired wrongly.
     """
     pairs = [(p, getattr(p, "rounded", p)) for p in params]
-    return kernels is not None and all(
-        p.dtype == torch.float32 and x.is_cuda and (x is p or x.dtype == torch.bfloat16) for p, x in pairs
+    return all(
+        p.dtype == torch.float32
+        and (x is p or x.dtype == torch.bfloat16)
+        and runs_on(x.device.type, x.device.index)
+        and p.is_contiguous()
+        and x.is_contiguous()
+        for p, x in pairs
     )
 
 
@@ -58,8 +64,9 @@ def _addresses(p, grad, state):
 
 def add_(total: Tensor, grad: Tensor, is_first: bool) -> None:
     """total += grad, or = grad if it is the first. Of one shape; total is contiguous, and as wide as grad or wider."""
-    if kernels is not None and total.is_cuda and (total.dtype, grad.dtype) == (torch.float32, torch.bfloat16):
-        grad, device = _dense(grad), total.device
+    device = total.device
+    if (total.dtype, grad.dtype) == (torch.float32, torch.bfloat16) and runs_on(device.type, device.index):
+        grad = _dense(grad)
         kernels.add(total.data_ptr(), grad.data_ptr(), total.numel(), is_first, device.index, stream_of(device))
     elif is_first:
         total.copy_(grad)
@@ -70,8 +77,8 @@ def add_(total: Tensor, grad: Tensor, is_first: bool) -> None:
 @torch.profiler.record_function("minitrain::global_norm")
 def global_norm(tensors: list[Tensor]) -> Tensor:
     """Euclidean norm of all elements, 0-d in fp32 (fp64 for fp64), the same bits every time. There must be a tensor."""
-    first = tensors[0]
-    if kernels is None or any(not x.is_cuda or x.dtype not in (torch.float32, torch.bfloat16) for x in tensors):
+    first, dtypes = tensors[0], (torch.float32, torch.bfloat16)
+    if not all(runs_on(x.device.type, x.device.index) and x.dtype in dtypes for x in tensors):
         norms = torch._foreach_norm(tensors, 2, torch.promote_types(first.dtype, torch.float32))
         return torch.linalg.vector_norm(torch.stack(norms))
     tensors = [_dense(x) for x in tensors]

@@ -6,15 +6,15 @@ models/layers.py has the plain functions and chooses. Dimensions: T tokens, H he
 import torch
 from torch import Tensor
 
-from minitrain.extension import addressable, kernels, packed, stream_of
+from minitrain.extension import addressable, kernels, packed, runs_on, stream_of
 
 HEAD_DIMS = (64, 128, 256)
 
 
 def can_run(x_THC: Tensor, weight_C: Tensor) -> bool:
-    """Whether norm_rotate takes these: bf16 on a CUDA device, C of HEAD_DIMS, and the extension is built."""
-    dtypes = {x_THC.dtype, weight_C.dtype}
-    return kernels is not None and x_THC.is_cuda and dtypes == {torch.bfloat16} and x_THC.shape[-1] in HEAD_DIMS
+    """Whether norm_rotate takes these: bf16, C of HEAD_DIMS, on a GPU that the extension is built for."""
+    is_bf16 = x_THC.dtype == weight_C.dtype == torch.bfloat16
+    return is_bf16 and x_THC.shape[-1] in HEAD_DIMS and runs_on(x_THC.device.type, x_THC.device.index)
 
 
 @torch.library.custom_op("minitrain::norm_rotate", mutates_args=(), device_types="cuda")

@@ -6,17 +6,24 @@ The CUDA context, NCCL and what the allocator loses are not counted.
 """
 
 import itertools
+import math
+from collections import Counter
 from dataclasses import dataclass, fields
 
 import torch
+from torch import Tensor, nn
 
-from minitrain.config import Config
+from minitrain.config import Config, ParallelConfig, UserError
 from minitrain.loss import piece_rows
 from minitrain.models import build_model
 from minitrain.parallel.comm import Group
-from minitrain.parallel.ddp import DENSE, make_units, row_buffers
-from minitrain.parallel.mesh import Mesh
+from minitrain.parallel.cp import assign, runs_of
+from minitrain.parallel.ddp import Unit, make_units, row_buffers
+from minitrain.parallel.ep import apply_ep
+from minitrain.parallel.layout import objections
+from minitrain.parallel.mesh import GRAD_SUMS, Mesh, grids, sharded_over
 from minitrain.parallel.pp import apply_pp, schedule
+from minitrain.parallel.tp import apply_tp
 
 _WIDE = 4  # bytes of fp32: masters, their gradients, moments
 
@@ -47,73 +54,117 @@ class Memory:
 
 
 def predict_memory(cfg: Config, ranks: int = 1) -> Memory:
-    """Of a run on this many GPUs; of a pipeline's stages, of the one that takes most."""
+    """Of a run on this many GPUs; of a pipeline's stages, of the one that takes most. UserError if they cannot run it.
+
+    Rows are of documents of max_seqlen, and each expert gets as many tokens as another.
+    """
+    if reasons := objections(cfg.parallel, ranks, cfg.model):
+        raise UserError("; ".join(reasons))
     stages = [Group(rank, cfg.parallel.pp) for rank in range(cfg.parallel.pp)]
-    return max((_of_stage(cfg, ranks // len(stages), stage) for stage in stages), key=lambda memory: memory.peak)
+    return max((_of_stage(cfg, ranks, stage) for stage in stages), key=lambda memory: memory.peak)
 
 
 def _of_stage(cfg: Config, ranks: int, stage: Group) -> Memory:
-    """ranks: of one stage."""
-    parallel, T = cfg.parallel, cfg.data.tokens_per_row
+    parallel, model = cfg.parallel, build_model(cfg.model)
     width = 4 if cfg.train.dtype == "float32" else 2
-    is_flat = ranks * stage.size > 1 or bool(parallel.offload)  # zero.ShardedOptimizer, else MasterOptimizer
-    shards = 1 if parallel.zero == 0 else parallel.shard_within or ranks
-    zero = parallel.zero if shards > 1 else 0
-    model = build_model(cfg.model)
-    kinds = dict.fromkeys((DENSE, (*DENSE, "ends")), (Group(size=shards), Group()))
-    mesh = Mesh(torch.device("meta"), groups={"pp": stage}, shardings=kinds, parts=parallel.pp_parts)
+    is_flat = ranks > 1 or bool(parallel.offload)  # zero.ShardedOptimizer, else MasterOptimizer
+    mesh = _mesh(cfg, ranks, stage)
     if stage.size > 1:
         apply_pp(model, mesh)
-    rows = max(1, cfg.data.rows_per_step // ranks) if stage.size > 1 else 1
-    actions = schedule(parallel.pp_schedule, stage.rank, stage.size, rows, parallel.pp_parts)
-    under_way = max(itertools.accumulate(1 if action == "forward" else -1 for action, *_ in actions))
+    if parallel.tp > 1:
+        apply_tp(model, mesh)
+    if parallel.ep > 1:
+        apply_ep(model, mesh)
     units = make_units(model, mesh)
     whole = sum(unit.numel for unit in units.values()) if is_flat else sum(p.numel() for p in model.parameters())
-    shard = whole // shards
-    blocks = [unit.numel for key, unit in units.items() if key.startswith("layers.")]
-    gathers = zero == 3
+    shard = sum(unit.shard_numel for unit in units.values()) if is_flat else whole
     held = shard
     if parallel.offload:  # a unit that comes, one that is stepped, and one that goes
         sizes = [unit.shard_numel for unit in units.values()]
         held = max(sum(sizes[i : i + 3]) for i in range(len(sizes)))
     moments = 2 * (_WIDE if cfg.optim.moments == "float32" else 2)
-    states = held * (moments + (_WIDE if is_flat or width < _WIDE else 0))
-    whole_block = T * width * _kept_per_token(model, "none")
-    kept = T * width * _kept_per_token(model, cfg.train.recompute)
-    one_row = not is_flat and cfg.data.rows_per_step == 1
-    buffers = width * (whole - sum(blocks) + 2 * max(blocks)) if gathers else 0
-    if zero >= 2:
-        reduced = 2 if parallel.reduce_dtype == "bfloat16" else _WIDE
-        buffers += reduced * sum(numel * count for numel, count in row_buffers(units).items())
+    rows = max(1, cfg.data.rows_per_step // mesh.dp_size)
+    actions = schedule(parallel.pp_schedule, stage.rank, stage.size, rows, parallel.pp_parts)
+    under_way = max(itertools.accumulate(1 if action == "forward" else -1 for action, *_ in actions))
+    whole_block, kept = (width * _kept_by_block(cfg, model, recompute) for recompute in ("none", cfg.train.recompute))
     return Memory(
-        weights=width * (shard if gathers else whole),
-        gradients=(width if one_row else _WIDE) * (shard if zero >= 2 else whole),
-        states=states,
+        weights=width * (shard if parallel.zero == 3 else whole),
+        gradients=(_WIDE if is_flat or rows > 1 else width) * (shard if parallel.zero >= 2 else whole),
+        states=held * (moments + (_WIDE if is_flat or width < _WIDE else 0)),
         activations=under_way * len(model.layers) // parallel.pp_parts * kept,
-        loss=_loss_bytes(cfg.model, T, width) if model.lm_head is not None else 0,
+        loss=_loss_bytes(model.lm_head.weight, _tokens(cfg), width) if model.lm_head is not None else 0,
         block=2 * whole_block - kept,
-        buffers=buffers,
-        gradients_wait=is_flat or cfg.data.rows_per_step > ranks,
+        buffers=_buffers(units, parallel, width),
+        gradients_wait=is_flat or rows > 1,
     )
 
 
-def _kept_per_token(model, recompute: str) -> int:
-    """Elements that a block keeps of a token."""
-    cfg, has_norms = model.config, any("q_norm" in name for name, _ in model.named_parameters())
-    D, C = cfg.hidden_size, cfg.head_dim
-    q, kv = cfg.num_attention_heads * C, cfg.num_key_value_heads * C
-    experts = getattr(cfg, "num_experts_per_tok", 0)  # each has a copy of the token
-    copies, F = experts or 1, cfg.moe_intermediate_size if experts else cfg.intermediate_size
+def _mesh(cfg: Config, ranks: int, stage: Group) -> Mesh:
+    """init_mesh's, of groups that cannot communicate; of each the first rank, which has most of what is cut."""
+    parallel = cfg.parallel
+    axes, fine = grids(ranks, parallel, cfg.model)
+    groups = {name: Group(size=size) for name, size in (axes | fine).items()}
+    shards = {kind: math.prod(fine[d] for d in sharded_over(dims, parallel.zero)) for kind, dims in GRAD_SUMS.items()}
+    return Mesh(
+        torch.device("meta"),
+        dp_size=axes["dp"],
+        groups=groups | {"pp": stage},
+        shardings={kind: (Group(size=size), Group()) for kind, size in shards.items()},
+        parts=parallel.pp_parts,
+    )
+
+
+def _buffers(units: dict[str, Unit], parallel: ParallelConfig, width: int) -> int:
+    """Of units that ranks share out: whole weights under ZeRO 3, a row's gradients under ZeRO 2 and 3."""
+    if parallel.zero < 2:
+        return 0
+    shared = {key: unit for key, unit in units.items() if unit.shard.size > 1}
+    reduced = 2 if parallel.reduce_dtype == "bfloat16" else _WIDE
+    rows = reduced * sum(numel * count for numel, count in row_buffers(shared).items())
+    if parallel.zero == 2:
+        return rows
+    blocks, others = Counter(), 0
+    for key, unit in shared.items():
+        if key.startswith("layers."):
+            blocks[key.split("/")[0]] += unit.numel
+        else:
+            others += unit.numel
+    return rows + width * (others + 2 * max(blocks.values(), default=0))
+
+
+def _tokens(cfg: Config) -> int:
+    """Of a row, that a rank has; those of tp share them between sublayers only."""
+    return cfg.data.tokens_per_row // cfg.parallel.cp
+
+
+def _keys(cfg: Config) -> int:
+    """That attention sees of a row, on the rank of cp that gathers most of them."""
+    T, cp = cfg.data.tokens_per_row, cfg.parallel.cp
+    ends = [*range(0, T, cfg.data.max_seqlen), T]
+    return T if cp == 1 else max(sum(end - begin for begin, _, end in runs_of(of, ends)) for of in assign(ends, cp))
+
+
+def _kept_by_block(cfg: Config, model: nn.Module, recompute: str) -> int:
+    """Elements of a row."""
+    sizes, tp, T = cfg.model, cfg.parallel.tp, _tokens(cfg)
+    D, C = sizes.hidden_size, sizes.head_dim
+    q, kv = sizes.num_attention_heads * C // tp, sizes.num_key_value_heads * C // min(tp, sizes.num_key_value_heads)
+    experts = getattr(sizes, "num_experts_per_tok", 0)  # each has a copy of the token
+    inner = (experts * sizes.moe_intermediate_size if experts else sizes.intermediate_size) // tp
+    stream = T * D // tp
     if recompute == "full":
-        return D
+        return stream
     if recompute == "block":
-        return D + q
-    products = D + (q + 2 * kv) + q + D + copies * 2 * F + experts * D  # a block's input; results of matrix products
-    if recompute == "cheap":
-        return products + (q + kv if has_norms else 0)  # after norm_rotate
-    return products + 2 * D + (q + kv) + copies * F + experts * D  # norms; after RoPE; SwiGLU's; copies of tokens
+        return stream + T * q
+    if recompute == "none":  # the residual stream and its norm, twice; q and k before and after RoPE; SwiGLU's
+        return 2 * stream + T * (2 * D + 3 * q + kv + 3 * inner + 2 * experts * D) + 2 * _keys(cfg) * kv
+    has_norms = any("q_norm" in name for name, _ in model.named_parameters())
+    products = T * (2 * q + 2 * kv + D + 2 * inner + experts * D)  # results of matrix products, and of attention
+    products += T * (q + kv) if has_norms else 0  # after norm_rotate
+    products += T * D if tp > 1 and not experts else 0  # of the last one, before ranks add theirs up
+    return stream + products
 
 
-def _loss_bytes(cfg, T: int, width: int) -> int:
-    D, V = cfg.hidden_size, cfg.vocab_size
+def _loss_bytes(head: Tensor, T: int, width: int) -> int:
+    V, D = head.shape
     return T * D * width + V * D * _WIDE + min(T, piece_rows(V, width)) * V * width

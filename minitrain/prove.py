@@ -152,7 +152,7 @@ def twin(model, parallel: ParallelConfig):
 
 
 def make_rows(step: int, num_rows: int, tokens: int, vocab_size: int) -> list[Batch]:
-    """Rows of three documents of random length; the first is one document, the second at times has no target."""
+    """Rows of two documents and padding of random lengths; the first is one document, the second may have no target."""
     generator = torch.Generator().manual_seed(step)
     rows = []
     for i in range(num_rows):
@@ -160,6 +160,8 @@ def make_rows(step: int, num_rows: int, tokens: int, vocab_size: int) -> list[Ba
         ids = torch.randint(vocab_size, (tokens,), generator=generator)
         row = Batch.pack(list(ids.tensor_split(cuts)), max_seqlen=tokens)
         row.targets[torch.rand(tokens, generator=generator) < 0.3] = IGNORE
+        row.is_real = torch.arange(tokens) < max(1, cuts[1])
+        row.targets[~row.is_real] = IGNORE
         if i == 1 and step % 2 == 0:
             row.targets.fill_(IGNORE)
         row.num_targets = int((row.targets != IGNORE).sum())

@@ -7,12 +7,12 @@ D channels. Copy a of token t is row place_TA[t, a].
 import torch
 from torch import Tensor
 
-from minitrain.extension import address, kernels, stream_of
+from minitrain.extension import address, kernels, runs_on, stream_of
 
 
 def can_run(x: Tensor) -> bool:
-    """Whether the kernels take such rows: bf16 on a CUDA device, D a multiple of 8, and the extension is built."""
-    return kernels is not None and x.is_cuda and x.dtype == torch.bfloat16 and x.shape[-1] % 8 == 0
+    """Whether the kernels take such rows: bf16, D a multiple of 8, on a GPU that the extension is built for."""
+    return x.dtype == torch.bfloat16 and x.shape[-1] % 8 == 0 and runs_on(x.device.type, x.device.index)
 
 
 @torch.library.custom_op("minitrain::spread_rows", mutates_args=(), device_types="cuda")

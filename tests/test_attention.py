@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from minitrain import fused_attention
+from minitrain import extension, fused_attention
 from minitrain.attention import BACKENDS, Facts, _document_and_place, attention, choose, why_not
 
 module = importlib.import_module("minitrain.attention")
@@ -281,7 +281,8 @@ def test_what_a_gpu_backend_needs_is_said():
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
     """An empty folder, the only one that flash_attn and xformers can be imported from; our kernels are not built."""
-    monkeypatch.setattr(fused_attention, "kernels", None)
+    monkeypatch.setattr(extension, "kernels", None)
+    extension.why_not.cache_clear()
     for name in ("flash_attn", "xformers"):
         monkeypatch.setitem(sys.modules, name, None)
         monkeypatch.delitem(sys.modules, name)  # put back at the end as it was
@@ -292,6 +293,7 @@ def packages(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     module._import_fails.cache_clear()
     yield tmp_path
+    extension.why_not.cache_clear()
     module._import_fails.cache_clear()
 
 

@@ -177,6 +177,15 @@ def test_the_plan_lists_every_tile_once_in_waves(host, lengths, keys, unused, gr
     assert list(offsets) == [16, begin, begin + 3 * HEADS[0] * (T // tiles[0] + N + 1)]  # where items_of reads
 
 
+def test_the_longest_row_is_what_the_readme_says():
+    kernels = pytest.importorskip("minitrain.kernels", reason="the CUDA extension is not built")
+    assert "constexpr int kMaxTiles = 8192;" in (ROOT / "kernels" / "attention_plan.cu").read_text()
+    cases = [(64, True), (128, True), *((C, False) for C in (64, 96, 128, 192, 256))]
+    longest = [8192 * min(kernels.attention_tiles(*case)[:2]) for case in cases]
+    assert longest == [1_048_576] * 2 + [524_288] * 4 + [262_144]
+    assert {f"{n:,}" for n in longest} <= set(re.findall(r"\d+,\d+(?:,\d+)?", (ROOT / "README.md").read_text()))
+
+
 @pytest.mark.gpu
 @plans
 def test_the_plan_of_the_gpu_lists_every_tile_once_in_waves(lengths, keys, unused):

@@ -180,7 +180,7 @@ CONTROLS = [  # model, layout, what is done to it, to which parameters, a gradie
     ("tied", ParallelConfig(tp=2), leave_out, "", "layers.0.mlp.down_proj.weight"),
     ("moe", ParallelConfig(tp=2), say_nothing, "mlp.gate.", "layers.0.mlp.gate.weight"),
     ("moe", ParallelConfig(ep=2), say_nothing, "experts", "layers.0.mlp.experts.up_proj"),
-    ("moe", ParallelConfig(cp=2), see_own_tokens_only, "load_balancing_loss", "layers.0.mlp.gate.weight"),
+    ("moe", ParallelConfig(cp=2), see_own_tokens_only, "counts_of_row", "layers.0.mlp.gate.weight"),
 ]
 
 

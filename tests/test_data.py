@@ -347,6 +347,7 @@ def test_best_fit_cuts_no_document_and_loses_none(lengths, T, max_seqlen, look_a
     seen = []
     for row in rows:
         end = T - row.num_padding
+        assert row.is_real.tolist() == [True] * end + [False] * row.num_padding
         assert (row.targets[end:] == IGNORE).all() and borders(row).diff().max() <= max_seqlen
         assert end in borders(row)
         check_row(_without_padding(row), lengths, end, max_seqlen)

@@ -323,7 +323,7 @@ def test_load_counts_until_it_is_zeroed_and_is_no_weight():
 def test_load_balancing_loss_is_that_of_transformers(skew):
     logits_TE = torch.randn(50, 6) + skew * torch.arange(6)
     probs_TE = logits_TE.softmax(-1)
-    got = load_balancing_loss(probs_TE, probs_TE.topk(2).indices.flatten().bincount(minlength=6))
+    got = load_balancing_loss(probs_TE, probs_TE.topk(2).indices.flatten().bincount(minlength=6), 50)
     torch.testing.assert_close(got, load_balancing_loss_func((logits_TE,), 6, 2), rtol=1e-6, atol=0)
 
 
@@ -362,6 +362,20 @@ def test_router_losses_have_the_gradient_of_an_explicit_sum(aux, z, share):
         total = total + share * (aux * balance + z * (logits_TE.logsumexp(-1) ** 2).mean()) / 2  # 2 layers
     total.backward()
     assert_all_close(hub_gradients(model), hub_gradients(plain))
+
+
+def test_router_losses_and_counts_know_no_padding():
+    """A row that padding fills up, of one token to all experts' cost, has the gradients of the row without it."""
+    real = documents(30, 11)
+    padded = dataclasses.replace(pack([*real, torch.zeros(23, dtype=torch.int64)]), is_real=torch.arange(64) < 41)
+    grads, loads = [], []
+    for batch in (pack(real), padded):
+        model = tiny("qwen3_moe", router_aux_loss_coef=0.3, router_z_loss_coef=0.1)
+        (0 * model(batch)).sum().backward()
+        grads.append(hub_gradients(model))
+        loads.append([layer.mlp.load for layer in model.layers.values()])
+    assert_all_close(*grads)
+    assert all(map(torch.equal, *loads)) and loads[0][0].sum() == 2 * 41
 
 
 def test_router_losses_and_counts_are_for_training_only():

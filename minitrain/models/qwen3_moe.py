@@ -126,13 +126,17 @@ class _AddLoss(torch.autograd.Function):
         return d, torch.ones_like(loss)
 
 
-def load_balancing_loss(probs_TE: Tensor, counts_E: Tensor) -> Tensor:
-    """E * sum over experts of (copies sent to it / T) * (its mean probability): A when balanced, at most E.
+def load_balancing_loss(probs_TE: Tensor, counts_E: Tensor, num_tokens: Tensor | int) -> Tensor:
+    """E * sum over experts of (copies sent to it / tokens) * (its mean probability): A when balanced, at most E.
 
     Fedus et al. 2021, arXiv:2101.03961, eq. 4, in the scale of Hugging Face's router_aux_loss_coef.
     """
-    T, E = probs_TE.shape
-    return E / T * (counts_E * probs_TE.mean(0)).sum()
+    return probs_TE.shape[1] * ((counts_E / num_tokens) * (probs_TE.sum(0) / num_tokens)).sum()
+
+
+def counts_of_row(counts_E: Tensor) -> Tensor:
+    """Copies that each expert got of all tokens of a row, from those of the tokens here."""
+    return counts_E
 
 
 class Experts(nn.Module):
@@ -164,7 +168,7 @@ def _grouped_matmul(x_RD: Tensor, w_EFD: Tensor, counts_E: Tensor) -> Tensor:
 class MoE(nn.Module):
     """Router and experts. In training, `load` counts the rows that each expert got until somebody zeroes it.
 
-    Twice, where the forward runs again in backward.
+    Twice, where the forward runs again in backward. Padding is routed as all tokens are; it counts in no loss or load.
     """
 
     counters = ("load",)  # buffers that begin at zero
@@ -174,7 +178,7 @@ class MoE(nn.Module):
         self.cfg = cfg
         self.gate = nn.Linear(cfg.hidden_size, cfg.num_experts, bias=False)
         self.experts = Experts(cfg.num_experts, cfg.hidden_size, cfg.moe_intermediate_size)
-        self.load_balancing_loss = load_balancing_loss  # a seam: parallel/cp.py counts over all tokens of a row
+        self.counts_of_row = counts_of_row  # a seam: parallel/cp.py adds up over ranks
         self.register_buffer("load", torch.zeros(cfg.num_experts, dtype=torch.int64), persistent=False)
 
     def forward(self, x_TD: Tensor, batch: Batch) -> Tensor:
@@ -190,21 +194,25 @@ class MoE(nn.Module):
         place_TA = torch.empty_like(order_R).scatter_(0, order_R, rows_R).view(-1, A)  # where each copy went
         ends_E = torch.searchsorted(sorted_R, torch.arange(E, device=x_TD.device), right=True)
         counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
-        if batch.share:
-            self.load.add_(counts_E)
-
         y_RD = self.experts(to_experts(x_TD, place_TA, order_R), counts_E)
         y_TD = from_experts(y_RD, place_TA, order_R, weights_TA)
+        if not batch.share:
+            return y_TD
+        if batch.is_real is not None:
+            real_R = batch.is_real[order_R // A].cumsum(0)
+            counts_E = F.pad(real_R, (1, 0))[ends_E].diff(prepend=real_R.new_zeros(1))
+        self.load.add_(counts_E)
         return self._add_router_losses(y_TD, logits_TE, probs_TE, counts_E, batch)
 
     def _add_router_losses(self, y_TD, logits_TE, probs_TE, counts_E, batch):
-        if not batch.share:
-            return y_TD
-        loss = 0.0
+        loss, counts_E = 0.0, self.counts_of_row(counts_E)
+        num_tokens = counts_E.sum() / self.cfg.num_experts_per_tok
+        real_T1 = 1 if batch.is_real is None else batch.is_real[:, None]
         if self.cfg.router_aux_loss_coef:
-            loss = loss + self.cfg.router_aux_loss_coef * self.load_balancing_loss(probs_TE, counts_E)
+            loss = loss + self.cfg.router_aux_loss_coef * load_balancing_loss(probs_TE * real_T1, counts_E, num_tokens)
         if self.cfg.router_z_loss_coef:
-            loss = loss + self.cfg.router_z_loss_coef * logits_TE.logsumexp(-1).square().mean()
+            squares_T1 = logits_TE.logsumexp(-1, keepdim=True).square() * real_T1
+            loss = loss + self.cfg.router_z_loss_coef * squares_T1.sum() / num_tokens
         if not torch.is_tensor(loss):
             return y_TD
         return _AddLoss.apply(y_TD, loss * (batch.share / self.cfg.num_hidden_layers))

@@ -29,9 +29,9 @@ _BALANCED = 1.05  # the busiest rank's work over the mean
 
 
 def apply_cp(model: nn.Module, mesh: Mesh) -> None:
-    """Attention, and a router's loss, see all tokens of a row; what an earlier call put there gives way."""
+    """Attention, and a router's losses, know of all tokens of a row; what an earlier call put there gives way."""
     for module in model.modules():
-        for name, wrap in (("attention", _with_all_keys), ("load_balancing_loss", _with_all_counts)):
+        for name, wrap in (("attention", _with_all_keys), ("counts_of_row", _of_all_ranks)):
             function = getattr(module, name, None)
             if callable(function) and not isinstance(function, nn.Module):
                 used = plain = getattr(function, "plain", function)
@@ -50,21 +50,20 @@ def _with_all_keys(attention, group, q_THC, k_TKC, v_TKC, cu_seqlens_q, *args, *
     return attention(q_THC, k_TKC, v_TKC, cu_seqlens_q, *args, **options)
 
 
-def _with_all_counts(loss: Callable, group: Group, probs_TE: Tensor, counts_E: Tensor) -> Tensor:
-    """A product of two means over the row, of which probs is the only one with a gradient: the ranks' losses add up."""
-    return loss(probs_TE, sum_equal(counts_E, group)) / group.size
+def _of_all_ranks(counts: Callable, group: Group, counts_E: Tensor) -> Tensor:
+    return sum_equal(counts(counts_E), group)
 
 
 def share_tokens(batch: Batch, group: Group) -> Batch:
     """This rank's tokens of a row that all ranks of the group have. The host reads where documents end: one sync.
 
-    num_targets and num_pairs stay those of the row.
+    num_targets and num_pairs stay those of the row; share grows by the ranks, which each have a term of a mean over it.
     """
     if group.size == 1:
         return batch
     ends, device = batch.cu_seqlens_q.tolist(), batch.tokens.device
     pieces = assign(ends, group.size)
-    mine, runs = pieces[group.rank], _runs(pieces[group.rank], ends)
+    mine, runs = pieces[group.rank], runs_of(pieces[group.rank], ends)
 
     order = [piece.start for of_rank in pieces for piece in of_rank]  # in the keys of all ranks, one after the other
     places = torch.arange(ends[-1], device=device).chunk(len(order))
@@ -78,14 +77,16 @@ def share_tokens(batch: Batch, group: Group) -> Batch:
     cu_k = ends_of([end - begin for begin, _, end in runs])
     cu_q.key_rows = torch.cat([place_T[begin:end] for begin, _, end in runs])
     torch._dynamo.maybe_mark_dynamic(cu_q.key_rows, 0)  # as many as the row wants, for which nothing is compiled anew
-    tokens, targets, positions = (
-        torch.cat([x_T[piece.start : piece.stop] for piece in mine])
-        for x_T in (batch.tokens, batch.targets, batch.positions)
-    )
-    return replace(batch, tokens=tokens, targets=targets, positions=positions, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+    of_tokens = {name: getattr(batch, name) for name in ("tokens", "targets", "positions", "is_real")}
+    of_mine = {
+        name: torch.cat([x_T[piece.start : piece.stop] for piece in mine])
+        for name, x_T in of_tokens.items()
+        if x_T is not None
+    }
+    return replace(batch, **of_mine, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, share=batch.share * group.size)
 
 
-def _runs(pieces: list[range], ends: list[int]) -> list[tuple[int, int, int]]:
+def runs_of(pieces: list[range], ends: list[int]) -> list[tuple[int, int, int]]:
     """Neighbouring tokens of a document in these pieces: where it begins, the first of them, the last + 1."""
     runs = []
     for piece in pieces:

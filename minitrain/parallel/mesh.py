@@ -148,15 +148,25 @@ def init_mesh(device: str, cfg: ParallelConfig | None = None, model=None) -> Mes
     return Mesh(torch.device(device), rank, size, dp.rank, dp.size, groups, shardings, cfg.timeout_s, *pipeline)
 
 
-def _make_groups(rank: int, size: int, cfg: ParallelConfig, model, timeout: timedelta):
-    """-> Mesh.groups, Mesh.shardings. Every rank makes every group, in the same order; ranks that meet twice, once."""
+def grids(size: int, cfg: ParallelConfig, model) -> tuple[dict[str, int], dict[str, int]]:
+    """Ranks along the named axes, and along the dimensions of GRAD_SUMS; both grids have all ranks."""
     data = size // (cfg.pp * cfg.tp)
     within = cfg.shard_within or data
     part = within // cfg.ep if cfg.zero else 1
     kv = min(cfg.tp, model.num_key_value_heads) if model else cfg.tp
     axes = {"pp": cfg.pp, "dp": data // cfg.cp, "cp": cfg.cp, "tp": cfg.tp}
     fine = {"copies": data // (part * cfg.ep), "part": part, "ep": cfg.ep, "kv": kv, "kv_copies": cfg.tp // kv}
-    fine = {"pp": cfg.pp, **fine}
+    return axes, {"pp": cfg.pp, **fine}
+
+
+def sharded_over(dims: Collection[str], zero: int) -> list[str]:
+    """Of a kind's dimensions, along which ranks have shards; along the others they hold the same."""
+    return [dim for dim in dims if dim != "copies" and zero]
+
+
+def _make_groups(rank: int, size: int, cfg: ParallelConfig, model, timeout: timedelta):
+    """-> Mesh.groups, Mesh.shardings. Every rank makes every group, in the same order; ranks that meet twice, once."""
+    axes, fine = grids(size, cfg, model)
     made = {}
 
     def group(grid: dict[str, int], names: Collection[str], stages: slice = slice(None), wires: str = "") -> Group:
@@ -180,7 +190,7 @@ def _make_groups(rank: int, size: int, cfg: ParallelConfig, model, timeout: time
     groups |= {name: group(fine, (name,)) for name in ("ep", "kv", "kv_copies")}
     shardings = {}
     for axes_of_kind, dims in GRAD_SUMS.items():
-        shard = [dim for dim in dims if dim != "copies" and cfg.zero]
+        shard = sharded_over(dims, cfg.zero)
         shardings[axes_of_kind] = group(fine, shard), group(fine, [dim for dim in dims if dim not in shard])
     return groups, shardings
 
