@@ -18,7 +18,7 @@ from minitrain.loss import piece_rows
 from minitrain.models import build_model
 from minitrain.parallel.comm import Group
 from minitrain.parallel.cp import assign, runs_of
-from minitrain.parallel.ddp import Unit, make_units, row_buffers
+from minitrain.parallel.ddp import Unit, is_local, make_units, row_buffers
 from minitrain.parallel.ep import apply_ep
 from minitrain.parallel.layout import objections
 from minitrain.parallel.mesh import GRAD_SUMS, Mesh, grids, sharded_over
@@ -33,23 +33,25 @@ class Memory:
     """Bytes on one rank."""
 
     weights: int  # in the compute dtype, as far as they stay
-    gradients: int  # fp32; in the compute dtype where one process has one row a step
-    states: int  # master weights and AdamW's two moments
+    gradients: int  # fp32; in the compute dtype where no other rank has a part or copy of a unit, of one row a step
+    states: int  # master weights and AdamW's two moments, as far as they stay on the device or pass through it
     activations: int  # of one row, or of those that are under way in a pipeline
     loss: int  # logits of a piece, gradients of hidden states and head
     block: int  # what the backward of one block makes for itself, when the loss is done
     buffers: int  # gathered weights, gradients on their way
-    gradients_wait: bool  # gradients are there while a row's activations are, too
+    early: int  # of the gradients: there while a row's activations are, too
+    states_stay: bool  # else they come for the step, when the activations are gone
 
     @property
     def peak(self) -> int:
-        row = self.activations + max(self.loss, self.block)
-        row = row + self.gradients if self.gradients_wait else max(row, self.gradients)
-        return self.weights + self.states + self.buffers + row
+        row = self.early + self.activations + max(self.loss, self.block)
+        if self.states_stay:
+            return self.weights + self.buffers + self.states + max(row, self.gradients)
+        return self.weights + self.buffers + max(row, self.states + self.gradients)
 
     def table(self) -> str:
         """One line, in GiB."""
-        parts = [f.name for f in fields(self) if f.type is int]
+        parts = [f.name for f in fields(self) if f.type is int and f.name != "early"]
         return ", ".join(f"{name} {getattr(self, name) / 2**30:.2f}" for name in [*parts, "peak"])
 
 
@@ -86,16 +88,22 @@ def _of_stage(cfg: Config, ranks: int, stage: Group) -> Memory:
     rows = max(1, cfg.data.rows_per_step // mesh.dp_size)
     actions = schedule(parallel.pp_schedule, stage.rank, stage.size, rows, parallel.pp_parts)
     under_way = max(itertools.accumulate(1 if action == "forward" else -1 for action, *_ in actions))
+    local = {key for key, unit in units.items() if is_local(unit)}
+    of_local = sum(p.numel() for key in local for p in units[key].params.values())
+    flat = _WIDE * sum(unit.shard_numel if parallel.zero >= 2 else unit.numel for unit in units.values())
+    flat -= _WIDE * sum(units[key].numel for key in local)
+    gradients = flat + of_local * (_WIDE if rows > 1 else width)
     whole_block, kept = (width * _kept_by_block(cfg, model, recompute) for recompute in ("none", cfg.train.recompute))
     return Memory(
         weights=width * (shard if parallel.zero == 3 else whole),
-        gradients=(_WIDE if is_flat or rows > 1 else width) * (shard if parallel.zero >= 2 else whole),
+        gradients=gradients,
         states=held * (moments + (_WIDE if is_flat or width < _WIDE else 0)),
         activations=under_way * len(model.layers) // parallel.pp_parts * kept,
         loss=_loss_bytes(model.lm_head.weight, _tokens(cfg), width) if model.lm_head is not None else 0,
         block=2 * whole_block - kept,
         buffers=_buffers(units, parallel, width),
-        gradients_wait=is_flat or rows > 1,
+        early=gradients if rows > 1 else flat,
+        states_stay=not parallel.offload,
     )
 
 
@@ -105,11 +113,12 @@ def _mesh(cfg: Config, ranks: int, stage: Group) -> Mesh:
     axes, fine = grids(ranks, parallel, cfg.model)
     groups = {name: Group(size=size) for name, size in (axes | fine).items()}
     shards = {kind: math.prod(fine[d] for d in sharded_over(dims, parallel.zero)) for kind, dims in GRAD_SUMS.items()}
+    ranks_of = {kind: math.prod(fine[d] for d in dims) for kind, dims in GRAD_SUMS.items()}
     return Mesh(
         torch.device("meta"),
         dp_size=axes["dp"],
-        groups=groups | {"pp": stage},
-        shardings={kind: (Group(size=size), Group()) for kind, size in shards.items()},
+        groups=groups | {"pp": stage, "ends": Group(size=min(2, stage.size))},
+        shardings={kind: (Group(size=size), Group(size=ranks_of[kind] // size)) for kind, size in shards.items()},
         parts=parallel.pp_parts,
     )
 

@@ -415,3 +415,26 @@ def test_rows_that_cannot_be_shared_out_are_refused(corpus, tmp_path):
         assign([0, 9], 2)
     with pytest.raises(UserError, match=r"data\.tokens_per_row=64 is not divisible by parallel\.cp=3"):
         tiny_run(corpus, tmp_path, parallel={"cp": 3})
+
+
+def compare_compiled(recompute):
+    compile, cfg, grads = torch.compile, MODELS["tied"], {}
+    for parallel in (ParallelConfig(tp=2), ParallelConfig(cp=2)):
+        mesh = init_mesh("cpu", parallel, cfg)
+        for compiled in ("off", "on"):
+            model = build_model(cfg, "cpu")
+            init_weights(model, 0)
+            torch._dynamo.reset()
+            with mock.patch("torch.compile", lambda f, **options: compile(f, backend="aot_eager", **options)):
+                parallelize(model, mesh, TrainConfig(compile=compiled, recompute=recompute))
+            row = Batch.pack([torch.arange(40) % 7, torch.arange(24) % 7], 64)
+            model(share_tokens(row, mesh.group("cp"))).square().mean().backward()
+            grads[compiled] = {name: p.grad for name, p in model.named_parameters()}
+        for name, grad in grads["off"].items():
+            torch.testing.assert_close(grads["on"][name], grad, msg=lambda m, n=name: f"{parallel} {n}: {m}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "cheap"])
+def test_compiled_blocks_that_ranks_share_have_the_same_gradients(recompute):
+    spawn(2, compare_compiled, recompute)

@@ -147,7 +147,7 @@ def _all_rows(x: Tensor, num_tokens: int, group: Group) -> Tensor:
     """Each rank's rows -> all."""
     whole = x.new_empty(group.size * len(x), *x.shape[1:])
     all_gather(whole, x.contiguous(), group)
-    return whole if len(whole) == num_tokens else whole[:num_tokens]
+    return whole[:num_tokens]
 
 
 def _filled(x: Tensor, group: Group) -> Tensor:
@@ -157,11 +157,15 @@ def _filled(x: Tensor, group: Group) -> Tensor:
 
 
 def _sum_rows(x: Tensor, group: Group) -> Tensor:
-    """All rows, partial -> this rank's, summed."""
+    """All rows, partial -> this rank's, summed.
+
+    NOTE: a slice, as above, also where it is all: the compiler of torch 2.11 makes no gradient of what a Function
+    returns if that was written in place.
+    """
     whole = _filled(x, group).contiguous()
     mine = whole.new_empty(len(whole) // group.size, *x.shape[1:])
     _reduce_scatter(mine, whole, group=group.handle)
-    return mine
+    return mine[:]
 
 
 class GatherTokens(torch.autograd.Function):

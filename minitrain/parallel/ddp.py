@@ -5,7 +5,7 @@
             summed over other ranks (p.grad_sum_on, such as experts) are a unit of their own
     row     forward and backward of one micro-batch; the gradients of a unit are summed over ranks when its block's
             backward is over: in the last row only, or (ZeRO 2 and 3, which keep a shard of the sum) in every row
-    local   a unit that no other rank has a part or a copy of: its gradients stay as they come, as in one process
+    local   a unit of which no other rank has a part or a copy: its gradients stay as they come, as in one process
 
 Which unit is summed when depends on the model alone, never on which parameters got a gradient: every rank issues the
 same collectives in the same order. Read next: zero.py.
@@ -110,6 +110,11 @@ def keys_of(child: str, units: dict[str, Unit]) -> list[str]:
     return [key for key in units if key.split("/")[0] == child]
 
 
+def is_local(unit: Unit) -> bool:
+    """Whether no other rank has a part or a copy of it."""
+    return unit.shard.size == unit.replica.size == unit.ends.size == 1
+
+
 def row_buffers(units: dict[str, Unit]) -> dict[int, int]:
     """{elements of a unit: tensors of this size for a row's gradients}: one on its way while the next block fills one.
 
@@ -139,7 +144,7 @@ class Gradients:
 
     def __init__(self, model: nn.Module, units: dict[str, Unit], mesh: Mesh, zero: int, reduce_dtype: torch.dtype):
         self.units, self.mesh, self.lane = units, mesh, Lane(mesh.device)
-        self.local = {key for key, unit in units.items() if unit.shard.size == unit.replica.size == unit.ends.size == 1}
+        self.local = {key for key, unit in units.items() if is_local(unit)}
         self.own: dict[str, Tensor] = {}  # of the parameters of local units
         self.keeps_shard = {key for key, unit in units.items() if zero >= 2 and unit.shard.size > 1}
         self.is_last, self.done, self.got = False, set(), set()  # units summed in this row; names with a gradient

@@ -19,7 +19,6 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 _COSTLY = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "_grouped_mm", "topk", "sort")}
-_COSTLY |= {"_c10d_functional::reduce_scatter_tensor"}  # between ranks of tp; gathers again, as what they make is large
 _COSTLY |= {"minitrain::norm_rotate"}  # of what is left it takes most of the time: half of what "cheap" would cost
 
 
