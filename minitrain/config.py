@@ -195,7 +195,7 @@ class CheckpointConfig:
     keep: int = 2
     """Newest checkpoints that are kept."""
     keep_every: int = 0
-    """Those after a multiple of so many steps, itself one of every, are kept, too; 0: none of them."""
+    """Those after a multiple of so many steps, which is one of every, are kept, too; 0: none of them."""
     keep_best: bool = False
     """The one of the lowest validation loss so far, over the tokens of all sources, is kept, too: the link best."""
     on_failure: Literal["stop", "go_on"] = "stop"
