@@ -1,7 +1,4 @@
-"""The CUDA extension, minitrain.kernels: where it runs, and what all that call it say of tensors.
-
-These are addresses, strides and streams.
-"""
+"""The CUDA extension, minitrain.kernels: where it runs, and what it is told of tensors: addresses, strides, streams."""
 
 import functools
 import importlib.util

@@ -205,6 +205,8 @@ class MoE(nn.Module):
         return self._add_router_losses(y_TD, logits_TE, probs_TE, counts_E, batch)
 
     def _add_router_losses(self, y_TD, logits_TE, probs_TE, counts_E, batch):
+        if not self.cfg.router_aux_loss_coef and not self.cfg.router_z_loss_coef:
+            return y_TD
         loss, counts_E = 0.0, self.counts_of_row(counts_E)
         num_tokens = counts_E.sum() / self.cfg.num_experts_per_tok
         real_T1 = 1 if batch.is_real is None else batch.is_real[:, None]
@@ -213,8 +215,6 @@ class MoE(nn.Module):
         if self.cfg.router_z_loss_coef:
             squares_T1 = logits_TE.logsumexp(-1, keepdim=True).square() * real_T1
             loss = loss + self.cfg.router_z_loss_coef * squares_T1.sum() / num_tokens
-        if not torch.is_tensor(loss):
-            return y_TD
         return _AddLoss.apply(y_TD, loss * (batch.share / self.cfg.num_hidden_layers))
 
 
