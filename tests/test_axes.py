@@ -431,7 +431,7 @@ def compare_compiled(recompute):
             model(share_tokens(row, mesh.group("cp"))).square().mean().backward()
             grads[compiled] = {name: p.grad for name, p in model.named_parameters()}
         for name, grad in grads["off"].items():
-            torch.testing.assert_close(grads["on"][name], grad, msg=lambda m, n=name: f"{parallel} {n}: {m}")
+            torch.testing.assert_close(grads["on"][name], grad, msg=lambda m, of=f"{parallel} {name}": f"{of}: {m}")
 
 
 @pytest.mark.slow
