@@ -393,6 +393,26 @@ def test_the_next_block_is_sent_for_before_one_runs_no_third_is_whole_and_sums_b
     spawn(2, watch_blocks)
 
 
+def watch_arrivals():
+    zero_1, seen = ParallelConfig(1), []
+    model = make_model(Case())
+    opt = shard_optimizer(model, sgd, init_mesh("cpu", zero_1), zero_1)
+    for module in (model.embed_tokens, *model.layers.values(), model.norm):
+        module.register_forward_pre_hook(lambda *_: seen.append([*opt.arriving.marks]))
+    for _ in range(2):
+        forward_backward(model, make_rows(0, 1), plain_loss, 1.0, ALONE, opt.backward)
+        opt.clip_grad_norm(1.0)
+        opt.step(0.01)
+        assert [*opt.arriving.marks] == ["embed_tokens", "layers.0", "layers.1", "norm"]
+    assert seen[4:] == [["layers.0", "layers.1", "norm"], ["layers.1", "norm"], ["norm"], []]
+    opt.settle()
+    assert not opt.arriving.marks
+
+
+def test_each_block_waits_for_its_new_weights_alone():
+    spawn(2, watch_arrivals)
+
+
 def meet_a_nan():
     """On rank 1, in the second step."""
     for parallel in ZERO:

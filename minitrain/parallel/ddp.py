@@ -110,6 +110,16 @@ def keys_of(child: str, units: dict[str, Unit]) -> list[str]:
     return [key for key in units if key.split("/")[0] == child]
 
 
+def around_blocks(model: nn.Module, units: dict[str, Unit]) -> tuple[list[str], list[str]]:
+    """Units that are in no block: those that the model needs before its blocks, and those behind the last that is."""
+    outside = [key for key in units if key.split("/")[0] not in blocks_of(model)]
+    if len(outside) == len(units):
+        return outside, []
+    children = [name for name, _ in model.named_children()]
+    behind = [key for child in children[children.index("layers") + 1 :] for key in keys_of(child, units)]
+    return [key for key in outside if key not in behind], behind
+
+
 def is_local(unit: Unit) -> bool:
     """Whether no other rank has a part or a copy of it."""
     return unit.shard.size == unit.replica.size == unit.ends.size == 1
@@ -176,15 +186,12 @@ class Gradients:
 
     def _hook_blocks(self, model):
         """A block's unit is done when backward reaches its input; what stands behind the blocks, before their last."""
-        children = [name for name, _ in model.named_children()]
-        behind = children[children.index("layers") + 1 :] if "layers" in children else []
-        blocks = blocks_of(model)
+        blocks, (_, behind) = blocks_of(model), around_blocks(model, self.units)
         for key, block in blocks.items():
             sum_this = functools.partial(self._sum_over_ranks, keys_of(key, self.units))
             self.hooks.append(block.register_forward_pre_hook(lambda _, args, f=sum_this: on_gradient(args[0], f)))
         for block in list(blocks.values())[-1:]:
-            keys = [key for child in behind for key in keys_of(child, self.units)]
-            sum_these = functools.partial(self._sum_over_ranks, keys)
+            sum_these = functools.partial(self._sum_over_ranks, behind)
             self.hooks.append(block.register_forward_hook(lambda _, _args, y, f=sum_these: on_gradient(y, f)))
 
     @contextlib.contextmanager

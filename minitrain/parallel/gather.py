@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from minitrain.parallel.comm import Lane, all_gather
-from minitrain.parallel.ddp import Unit, blocks_of, keys_of, on_gradient, parts_of
+from minitrain.parallel.ddp import Unit, around_blocks, blocks_of, keys_of, on_gradient, parts_of
 
 
 class ArrivingWeights:
@@ -32,7 +32,7 @@ class ArrivingWeights:
         self.units, self.flats, self.shards = units, flats, shards
         self.marks = {}  # units that are on their way
         blocks = {key: block for key, block in blocks_of(model).items() if keys_of(key, units)}
-        self.ahead, self.behind = _outside(model, units)
+        self.ahead, self.behind = around_blocks(model, units)
         self.hooks = [model.register_forward_pre_hook(lambda *_: self.use(*self.ahead))]
         for key, block in blocks.items():
             use_this = functools.partial(self.use, *keys_of(key, units))
@@ -81,7 +81,7 @@ class GatheredWeights:
                 p.unit = (self, key)
         blocks = {key: block for key, block in blocks_of(model).items() if keys_of(key, units)}
         self.blocks = [keys_of(key, units) for key in blocks]
-        self.ahead, self.behind = _outside(model, units)
+        self.ahead, self.behind = around_blocks(model, units)
         self.first, self.last = {}, set()  # block of each part of the model
         for part in parts_of(model):
             if own := [i for i, key in enumerate(blocks) if key.removeprefix("layers.") in part.layers]:
@@ -156,14 +156,6 @@ class GatheredWeights:
         self.free(*self.blocks[i])
         if i not in self.first.values():
             self._backward_enters(i - 1)
-
-
-def _outside(model: nn.Module, units: dict[str, Unit]) -> tuple[list[str], list[str]]:
-    """Units that are in no block: those that the model needs before its blocks, and those behind the last that is."""
-    outside = [key for key in units if key.split("/")[0] not in blocks_of(model)]
-    children = [name for name, _ in model.named_children()]
-    behind = children[children.index("layers") + 1 :] if len(outside) < len(units) else []
-    return [key for key in outside if key not in behind], [key for key in outside if key in behind]
 
 
 def _set_data(pairs: list[tuple[nn.Parameter, Tensor]]) -> None:
