@@ -159,10 +159,11 @@ class Gradients:
         self.keeps_shard = {key for key, unit in units.items() if zero >= 2 and unit.shard.size > 1}
         self.is_last, self.done, self.got = False, set(), set()  # units summed in this row; names with a gradient
         self.held = set()  # names whose gradient is in `into`; units of which `flat` has the sum of a row
-        dtype = torch.promote_types(next(iter(units.values())).dtype, torch.float32)
-        self.reduce_dtype = reduce_dtype if reduce_dtype == torch.bfloat16 else dtype
+        self.dtype = torch.promote_types(next(iter(units.values())).dtype, torch.float32)  # of sums
+        self.reduce_dtype = reduce_dtype if reduce_dtype == torch.bfloat16 else self.dtype
+        zeros = functools.partial(torch.zeros, dtype=self.dtype, device=mesh.device)
         self.flat = {
-            key: torch.zeros(u.shard_numel if key in self.keeps_shard else u.numel, dtype=dtype, device=mesh.device)
+            key: zeros(u.shard_numel if key in self.keeps_shard else u.numel)
             for key, u in units.items()
             if key not in self.local
         }

@@ -243,7 +243,6 @@ class ShardedOptimizer(MasterOptimizer):
         self.params = dict(model.named_parameters())
         self.units = make_units(model, mesh)
         self.unit_of = {name: key for key, unit in self.units.items() for name in unit.params}
-        self.dtype = _wide(next(iter(self.units.values())).dtype)  # of masters
         self.is_sharded = any(unit.shard.size > 1 for unit in self.units.values())
         wants_whole = getattr(make, "shard", "piece") == "param"
         if wants_whole and mesh.group("tp").size > 1:
@@ -259,7 +258,8 @@ class ShardedOptimizer(MasterOptimizer):
             if cfg.zero == 3 and key in shared:  # one unit is whole at a time
                 self.shards[key] = self.shards[key].clone()
                 flat.untyped_storage().resize_(0)
-            for name, piece in self._pieces(key, self.shards[key]).items() if self.owners is None else ():
+            for name in self._names(key) if self.owners is None else ():
+                piece = unit.piece(self.shards[key], name, unit.shard.rank)
                 self.masters[name].rounded = piece.view_as(self.masters[name])
         if fill:
             _fill_frozen({name: p for name, p in self.params.items() if name not in self.unit_of}, fill)
@@ -309,7 +309,7 @@ class ShardedOptimizer(MasterOptimizer):
         self.with_gradient = self.gradients.finish()
         firsts = [key for key, unit in self.units.items() if unit.replica.rank == unit.ends.rank == 0]
         counted = self.gradients.tensors(firsts)  # each once in all ranks
-        counted = counted or [torch.zeros(1, dtype=self.dtype, device=self.mesh.device)]
+        counted = counted or [torch.zeros(1, dtype=self.gradients.dtype, device=self.mesh.device)]
         return sum_equal(global_norm(counted).square(), self.mesh.group("world")).sqrt()
 
     def settle(self) -> None:
@@ -354,10 +354,6 @@ class ShardedOptimizer(MasterOptimizer):
 
     def _names(self, key: str) -> list[str]:
         return [name for name in self.units[key].params if name in self.masters]
-
-    def _pieces(self, key: str, shard: Tensor) -> dict[str, Tensor]:
-        """What lies of each master in a flat shard of its unit, 1-D."""
-        return {name: self.units[key].piece(shard, name, self.units[key].shard.rank) for name in self._names(key)}
 
     # ---- checkpoints
 
