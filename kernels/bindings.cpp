@@ -177,8 +177,10 @@ PYBIND11_MODULE(kernels, m) {
         py::arg("device"), py::arg("stream"));
 
     // kernels/add.h.
-    m.def("add", [](uintptr_t total, uintptr_t grad, int64_t numel, bool is_first, int device, uintptr_t stream) {
-        minitrain::add(pointer<float>(total), pointer<void>(grad), numel, is_first, device, stream_of(stream));
+    m.def("add", [](uintptr_t total, uintptr_t terms, int num_terms, int64_t numel, bool is_first, int device,
+                    uintptr_t stream) {
+        minitrain::add(pointer<float>(total), pointer<void>(terms), num_terms, numel, is_first, device,
+                       stream_of(stream));
     });
 
     // kernels/squares.h.

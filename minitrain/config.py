@@ -162,7 +162,9 @@ class ParallelConfig:
     shard_within: int = 0
     """Ranks that share one copy, such as those of a node; groups of them hold the same. 0: all ranks."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
-    """In which gradients are summed over ranks; over the rows of a rank they always are in float32."""
+    """In which gradients are summed over ranks; over the rows of a rank, and by ZeRO 2 and 3 over those of a host, they
+    always are in float32, of which the latter costs nothing.
+    """
     offload: Literal["", "optimizer"] = ""
     """optimizer: master weights and the optimizer's state stay in host memory and pass through the GPU in each step."""
     timeout_s: int = 600

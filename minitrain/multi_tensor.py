@@ -1,4 +1,4 @@
-"""What is done with gradients: AdamW's step and the norm, one kernel for a list of tensors, and sums over rows."""
+"""What is done with gradients: AdamW's step and the norm, one kernel for a list of tensors, and sums of them."""
 
 import torch
 from torch import Tensor
@@ -62,16 +62,22 @@ def _addresses(p, grad, state):
     return *map(address, tensors), p.numel(), grad.dtype == torch.bfloat16
 
 
-def add_(total: Tensor, grad: Tensor, is_first: bool) -> None:
-    """total += grad, or = grad if it is the first. Of one shape; total is contiguous, and as wide as grad or wider."""
-    device = total.device
-    if (total.dtype, grad.dtype) == (torch.float32, torch.bfloat16) and runs_on(device.type, device.index):
-        grad = _dense(grad)
-        kernels.add(total.data_ptr(), grad.data_ptr(), total.numel(), is_first, device.index, stream_of(device))
-    elif is_first:
-        total.copy_(grad)
-    else:
-        total.add_(grad)
+def add_(total: Tensor, terms: Tensor, is_first: bool) -> None:
+    """total += each of terms (n, *total.shape) in their order; is_first: total begins at zero, whatever it holds.
+
+    total is contiguous, and as wide as terms or wider.
+    """
+    device, numel = total.device, total.numel()
+    can_run = (total.dtype, terms.dtype) == (torch.float32, torch.bfloat16) and runs_on(device.type, device.index)
+    if can_run and (len(terms) == 1 or numel % 8 == 0):  # else a term does not begin at a border of 16 bytes
+        terms = _dense(terms)
+        places = total.data_ptr(), terms.data_ptr()
+        kernels.add(*places, len(terms), numel, is_first, device.index, stream_of(device))
+        return
+    if is_first:
+        total.copy_(terms[0])
+    for term in terms[1:] if is_first else terms:
+        total.add_(term)
 
 
 @torch.profiler.record_function("minitrain::global_norm")

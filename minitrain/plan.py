@@ -124,12 +124,12 @@ def _mesh(cfg: Config, ranks: int, stage: Group) -> Mesh:
 
 
 def _buffers(units: dict[str, Unit], parallel: ParallelConfig, width: int) -> int:
-    """Of units that ranks share out: whole weights under ZeRO 3, a row's gradients under ZeRO 2 and 3."""
+    """Of units that ranks of one host share out: whole weights under ZeRO 3, a row's gradients under ZeRO 2 and 3."""
     if parallel.zero < 2:
         return 0
     shared = {key: unit for key, unit in units.items() if unit.shard.size > 1}
-    reduced = 2 if parallel.reduce_dtype == "bfloat16" else _WIDE
-    rows = reduced * sum(numel * count for numel, count in row_buffers(shared).items())
+    rows = sum(numel * count for numel, count in row_buffers(shared).items())
+    rows = width * (rows + max((unit.numel for unit in shared.values()), default=0))  # and what comes of other ranks
     if parallel.zero == 2:
         return rows
     blocks, others = Counter(), 0

@@ -582,10 +582,13 @@ def test_the_global_norm_on_the_gpu_is_exact_and_the_same_bits_every_time(sizes)
 def test_bf16_gradients_are_added_up_in_fp32_on_the_gpu(size):
     first, second = torch.randn(2, size, device="cuda").bfloat16()
     total = torch.full_like(first, torch.nan, dtype=torch.float32)
-    add_(total, first, is_first=True)
+    add_(total, first[None], is_first=True)
     assert total.equal(first.float())
-    add_(total, second, is_first=False)
+    add_(total, second[None], is_first=False)
     assert total.equal(first.float() + second.float())
+    terms = torch.randn(5, size, device="cuda").bfloat16()
+    add_(total, terms, is_first=True)
+    assert total.equal(sum(terms.float()))
 
 
 @pytest.mark.gpu

@@ -218,6 +218,19 @@ def test_ranks_equal_one_process_with_copies_other_optimizers_offload_and_narrow
     check(4, cases, tmp_path)
 
 
+def compare_on_two_hosts(cases, path):
+    with mock.patch("socket.gethostname", lambda: f"host {dist.get_rank() // 2}"):
+        compare_all(cases, path)
+        assert not init_mesh("cpu", ParallelConfig(3)).group("data").is_on_one_host
+
+
+def test_ranks_of_two_hosts_equal_one_process(tmp_path):
+    case = Case("tied", 8)
+    write_expected(tmp_path / "one-process", [case])
+    layouts = [ParallelConfig(2), ParallelConfig(3), ParallelConfig(3, shard_within=2)]
+    spawn(4, compare_on_two_hosts, [(case, layout, 1e-12) for layout in layouts], tmp_path / "one-process")
+
+
 def test_frozen_parameters_and_those_that_some_or_all_ranks_do_not_use(tmp_path):
     check(2, [(Case("llama", 2, odd=True), parallel, 1e-12) for parallel in ZERO], tmp_path)
 
@@ -260,9 +273,14 @@ def only_mine(flat, shard, group):
     comm.shard_of(flat, group).copy_(shard)
 
 
+def only_my_term(flat, group, _reduce_dtype):
+    return comm.shard_of(flat, group)[None]
+
+
 DROPS = [  # of, what, what is there instead, under which stages
     ("parallel.ddp", "all_reduce", lambda flat, group: None, [ParallelConfig(0), ParallelConfig(2, 2)]),
-    ("parallel.ddp", "reduce_scatter", comm.shard_of, [ParallelConfig(1), ParallelConfig(2), ParallelConfig(3)]),
+    ("parallel.ddp", "reduce_scatter", comm.shard_of, [ParallelConfig(1)]),
+    ("parallel.ddp", "terms_of_shard", only_my_term, [ParallelConfig(2), ParallelConfig(3)]),
     ("parallel.gather", "all_gather", lambda *_: None, [ParallelConfig(1), ParallelConfig(2)]),
     ("parallel.gather", "all_gather", only_mine, [ParallelConfig(3)]),
     ("parallel.zero", "sum_equal", lambda norm, group: norm, [ParallelConfig(1), ParallelConfig(3)]),
@@ -374,11 +392,11 @@ def watch_blocks():
         seen.extend(key.removeprefix("layers.") for key in opt.flats if opt.flats[key] is flat)
         counts.add(sum(opt.flats[key].untyped_storage().nbytes() > 0 for (key,) in opt.gathered.blocks))
 
-    def reduce_scatter(flat, group):
+    def terms_of_shard(flat, *args):
         seen.append("sum " + {unit.numel: key.split(".")[0] for key, unit in opt.units.items()}[flat.numel()])
-        return comm.reduce_scatter(flat, group)
+        return comm.terms_of_shard(flat, *args)
 
-    replaced = mock.patch("minitrain.parallel.ddp.reduce_scatter", reduce_scatter)
+    replaced = mock.patch("minitrain.parallel.ddp.terms_of_shard", terms_of_shard)
     with mock.patch("minitrain.parallel.gather.all_gather", gather), replaced:
         forward_backward(model, make_rows(0, 2), plain_loss, 1.0, ALONE, opt.backward)
     row = ["1", "forward 0", "2", "forward 1", "3", "forward 2", "forward 3"]

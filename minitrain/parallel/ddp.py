@@ -13,6 +13,7 @@ same collectives in the same order. Read next: zero.py.
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Collection
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from minitrain.multi_tensor import add_
-from minitrain.parallel.comm import Group, Lane, all_reduce, reduce_scatter, shard_of
+from minitrain.parallel.comm import Group, Lane, all_reduce, reduce_scatter, shard_of, terms_of_shard
 from minitrain.parallel.mesh import Mesh
 
 DENSE = ("dp", "cp")  # the axes that a gradient is summed over if its parameter says nothing
@@ -120,6 +121,12 @@ def around_blocks(model: nn.Module, units: dict[str, Unit]) -> tuple[list[str], 
     return [key for key in outside if key not in behind], behind
 
 
+def first_of(model: nn.Module, units: dict[str, Unit]) -> list[str]:
+    """Units that forward begins with: those before the blocks, and the first block's."""
+    first = [keys_of(key, units) for key in blocks_of(model)][:1]
+    return [*around_blocks(model, units)[0], *itertools.chain(*first)]
+
+
 def is_local(unit: Unit) -> bool:
     """Whether no other rank has a part or a copy of it."""
     return unit.shard.size == unit.replica.size == unit.ends.size == 1
@@ -141,8 +148,8 @@ def added(total: Tensor | None, grad: Tensor) -> Tensor:
     wide = torch.promote_types(total.dtype, torch.float32)
     if total.dtype != wide:
         first, total = total, torch.empty_like(total, dtype=wide, memory_format=torch.contiguous_format)
-        add_(total, first, is_first=True)
-    add_(total, grad, is_first=False)
+        add_(total, first[None], is_first=True)
+    add_(total, grad[None], is_first=False)
     return total
 
 
@@ -173,7 +180,7 @@ class Gradients:
         self.into: dict[str, Tensor] = {}  # to which this row's gradients of a unit are added
         self.pools = {}
         for numel, count in row_buffers({key: units[key] for key in units if key in self.keeps_shard}).items():
-            self.pools[numel] = _Pool(numel, count, self.reduce_dtype, mesh.device, self.lane)
+            self.pools[numel] = _Pool(numel, count, next(iter(units.values())).dtype, mesh.device, self.lane)
         self.of_part = {}  # the units of each part of the model
         for part in parts_of(model):
             names = {name for name, _ in part.named_parameters()}
@@ -221,7 +228,7 @@ class Gradients:
         if key not in self.into:
             self.into[key] = self.pools[unit.numel].take() if key in self.keeps_shard else self.flat[key]
         place = unit.view(self.into[key], name)
-        add_(place, grad, is_first=name not in self.held)
+        add_(place, grad[None], is_first=name not in self.held)
         self.held.add(name)
 
     @torch.no_grad()
@@ -234,11 +241,8 @@ class Gradients:
                 row = self.into.pop(key) if key in self.into else pool.take()  # other ranks may have gradients here
                 self._clear_others(unit, row)
                 with self.lane.beside():
-                    shard = reduce_scatter(row, unit.shard)
-                    if key in self.held:
-                        self.flat[key].add_(shard)
-                    else:
-                        self.flat[key].copy_(shard)
+                    terms = terms_of_shard(row, unit.shard, self.reduce_dtype)
+                    add_(self.flat[key], terms, is_first=key not in self.held)
                     if self.is_last:
                         self._all_reduce(self.flat[key], unit.replica)
                 pool.give_back(row)

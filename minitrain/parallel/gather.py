@@ -6,7 +6,7 @@ ZeRO 3 (GatheredWeights): weights are whole only while their block runs.
 
     forward      block i runs | i + 1 is on its way            then i's are gone again
     backward     block i runs | i - 1 is on its way            then i's are gone again
-    elsewhere    the embedding, the norm and the head come with the first forward and stay until the step
+    elsewhere    the embedding, the norm and the head stay from the first forward to the step
 
 A parameter is a view of its unit's flat tensor. What comes and goes is the memory under it: the storage is resized, so
 views that autograd and compiled code keep stay valid, and nothing is compiled again. Who looks at a parameter while its
@@ -15,13 +15,13 @@ memory is gone finds its shape, and NaN.
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from minitrain.parallel.comm import Lane, all_gather
-from minitrain.parallel.ddp import Unit, around_blocks, blocks_of, keys_of, on_gradient, parts_of
+from minitrain.parallel.ddp import Unit, around_blocks, blocks_of, first_of, keys_of, on_gradient, parts_of
 
 
 class ArrivingWeights:
@@ -40,10 +40,9 @@ class ArrivingWeights:
         for block in list(blocks.values())[-1:]:
             self.hooks.append(block.register_forward_hook(lambda *_: self.use(*self.behind)))
 
-    def send(self) -> None:
-        """This rank's shards to all: in the order in which forward needs them."""
-        blocks = [key for key in self.units if key not in (*self.ahead, *self.behind)]
-        for key in (*self.ahead, *blocks, *self.behind):
+    def renew(self, keys: Collection[str]) -> None:
+        """Their shards have new values, which go to all ranks."""
+        for key in keys:
             with self.lane.beside():
                 all_gather(self.flats[key], self.shards[key], self.units[key].shard)
             self.marks[key] = self.lane.mark()
@@ -87,6 +86,7 @@ class GatheredWeights:
             if own := [i for i, key in enumerate(blocks) if key.removeprefix("layers.") in part.layers]:
                 self.first[part] = own[0]
                 self.last.add(own[-1])
+        self.begin = first_of(model, units)
         model.register_forward_pre_hook(self._before_model)
         for i, block in enumerate(blocks.values()):
             block.register_forward_pre_hook(functools.partial(self._before_block, i))
@@ -116,8 +116,10 @@ class GatheredWeights:
                 _set_data(self.blanks[key])
                 self.flats[key].untyped_storage().resize_(0)
 
-    def free_all(self) -> None:
-        self.free(*self.flats)
+    def renew(self, keys: Collection[str]) -> None:
+        """Their shards have new values. What forward begins with is sent for."""
+        self.free(*keys)
+        self.gather(*(key for key in self.begin if key in keys))
 
     def show(self, key: str) -> None:
         """Like use; what was shown before goes."""

@@ -16,6 +16,7 @@ A group carries host tensors by gloo and device tensors by NCCL. Read next: comm
 import math
 import os
 import re
+import socket
 import sys
 import time
 from collections.abc import Collection
@@ -27,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from minitrain.config import ParallelConfig, UserError
-from minitrain.parallel.comm import Group
+from minitrain.parallel.comm import Group, everyone, gather_objects
 from minitrain.parallel.layout import objections
 
 # A parameter's grad_sum_on -> dimensions of _make_groups' grid.
@@ -167,7 +168,7 @@ def sharded_over(dims: Collection[str], zero: int) -> list[str]:
 def _make_groups(rank: int, size: int, cfg: ParallelConfig, model, timeout: timedelta):
     """-> Mesh.groups, Mesh.shardings. Every rank makes every group, in the same order; ranks that meet twice, once."""
     axes, fine = grids(size, cfg, model)
-    made = {}
+    made, hosts = {}, gather_objects(socket.gethostname(), everyone())
 
     def group(grid: dict[str, int], names: Collection[str], stages: slice = slice(None), wires: str = "") -> Group:
         """Ranks of these stages that differ in these dimensions only; wires: connections of their own have a name."""
@@ -180,7 +181,8 @@ def _make_groups(rank: int, size: int, cfg: ParallelConfig, model, timeout: time
                 is_world = len(row) == size and not wires
                 made[row, wires] = dist.group.WORLD if is_world else dist.new_group(row, timeout)
         mine = next((row for row in rows if rank in row), (rank,))  # of other stages: alone
-        return Group(mine.index(rank), len(mine), made.get((mine, wires)))
+        is_on_one_host = len({hosts[r] for r in mine}) == 1
+        return Group(mine.index(rank), len(mine), made.get((mine, wires)), is_on_one_host)
 
     groups = {"world": group(axes, axes), "stage": group(axes, ("dp", "cp", "tp")), "data": group(axes, ("dp", "cp"))}
     groups |= {name: group(axes, (name,)) for name in axes}

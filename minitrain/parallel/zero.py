@@ -25,7 +25,7 @@ from minitrain.boxes import part_of
 from minitrain.config import ParallelConfig, UserError
 from minitrain.multi_tensor import global_norm
 from minitrain.parallel.comm import Group, shard_of, sum_equal
-from minitrain.parallel.ddp import DENSE, Gradients, Unit, added, make_units
+from minitrain.parallel.ddp import DENSE, Gradients, Unit, added, first_of, make_units
 from minitrain.parallel.gather import ArrivingWeights, GatheredWeights
 from minitrain.parallel.mesh import Mesh
 from minitrain.parallel.offload import HostState
@@ -248,14 +248,14 @@ class ShardedOptimizer(MasterOptimizer):
         if wants_whole and mesh.group("tp").size > 1:
             raise UserError("this optimizer needs whole matrices, of which each rank has a part: parallel.tp must be 1")
         self.owners = Owners(self.units) if wants_whole and self.is_sharded else None
-        shared = [key for key, unit in self.units.items() if cfg.zero > 0 and unit.shard.size > 1]
+        self.shared = [key for key, unit in self.units.items() if cfg.zero > 0 and unit.shard.size > 1]
         self.flats, self.shards = {}, {}  # what the model computes with, and this rank's part of it
         self.masters = {}
         for key, unit in self.units.items():
             flat = _flatten(unit, fill)
             self.masters |= self._make_masters(unit, on_host=cfg.offload == "optimizer" and flat.is_cuda)
             self.flats[key], self.shards[key] = flat, shard_of(flat, unit.shard)
-            if cfg.zero == 3 and key in shared:  # one unit is whole at a time
+            if cfg.zero == 3 and key in self.shared:  # one unit is whole at a time
                 self.shards[key] = self.shards[key].clone()
                 flat.untyped_storage().resize_(0)
             for name in self._names(key) if self.owners is None else ():
@@ -269,9 +269,15 @@ class ShardedOptimizer(MasterOptimizer):
             _check_shard(self.optimizer, make)
         self.settings = [_numbers(group) for group in self.optimizer.param_groups]
         self.host = HostState(self.optimizer, mesh.device) if cfg.offload == "optimizer" else None
-        parts = [{key: of[key] for key in shared} for of in (self.units, self.flats, self.shards)]
-        self.gathered = GatheredWeights(model, *parts) if shared and cfg.zero == 3 else None
-        self.arriving = ArrivingWeights(model, *parts) if shared and cfg.zero < 3 else None
+        parts = [{key: of[key] for key in self.shared} for of in (self.units, self.flats, self.shards)]
+        self.gathered = GatheredWeights(model, *parts) if self.shared and cfg.zero == 3 else None
+        self.arriving = ArrivingWeights(model, *parts) if self.shared and cfg.zero < 3 else None
+        self.portions = [list(self.units)]  # units that are stepped together
+        if self.host:
+            self.portions = [[key] for key in self.units]
+        elif getattr(self.optimizer, "rounds", False):  # ours can step some first: these are shared beside the others
+            first = first_of(model, self.units)
+            self.portions = [first, [key for key in self.units if key not in first]]
         self.gradients = Gradients(model, self.units, mesh, cfg.zero, getattr(torch, cfg.reduce_dtype))
         self.grad_scale = self.broken = None
 
@@ -318,17 +324,16 @@ class ShardedOptimizer(MasterOptimizer):
 
     def _step_masters(self, names: list[str]) -> None:
         self.settle()
-        keys = list(self.units)
         if self.host is None:
-            self._step_units(keys)
+            for keys in self.portions:
+                self._step_units(keys)
         else:
-            portions = [[self.masters[name] for name in self._names(key)] for key in keys]
-            self.host.step(portions, lambda i: self._step_units(keys[i : i + 1]))
+            masters = [[self.masters[name] for key in keys for name in self._names(key)] for keys in self.portions]
+            self.host.step(masters, lambda i: self._step_units(self.portions[i]))
         self.gradients.clear()
-        self._share_weights()
 
     def _step_units(self, keys: list[str]) -> None:
-        """Masters of these units, and from them this rank's shards of the weights."""
+        """Masters of these units, from them this rank's shards of the weights, and from these the weights."""
         for key in keys:
             grads = self.gradients.of(key)
             if self.owners and self.units[key].shard.size > 1:
@@ -337,20 +342,14 @@ class ShardedOptimizer(MasterOptimizer):
                 if name in self.with_gradient:  # of some rank; what none has stays as it is
                     self.masters[name].grad = grads[name].view_as(self.masters[name])
         super()._step_masters([name for key in keys for name in self._names(key)])
-        self._hand_out(keys)
+        self._share(keys)
 
-    def _hand_out(self, keys: list[str]) -> None:
-        """What owners have of whole parameters, into the shards of all ranks."""
+    def _share(self, keys: Collection[str]) -> None:
+        """What owners have of whole parameters, into the shards of all ranks, and shards into the weights of all."""
         for key in keys if self.owners else ():
             self.owners.hand_out(key, {name: self.masters[name] for name in self._names(key)}, self.shards[key])
-
-    @torch.no_grad()
-    def _share_weights(self) -> None:
-        """This rank's shards into the weights of all."""
-        if self.gathered:
-            self.gathered.free_all()
-        if self.arriving:
-            self.arriving.send()
+        if weights := self.gathered or self.arriving:
+            weights.renew([key for key in keys if key in self.shared])
 
     def _names(self, key: str) -> list[str]:
         return [name for name in self.units[key].params if name in self.masters]
@@ -366,8 +365,7 @@ class ShardedOptimizer(MasterOptimizer):
         if self.host:
             self.host.place()
         super()._use_loaded()
-        self._hand_out(list(self.units))
-        self._share_weights()
+        self._share(self.units)
 
     def _to_save(self) -> list[str]:
         """Ranks that hold the same piece share the work parameter by parameter: of those that have the same part of it,
