@@ -28,6 +28,7 @@ from minitrain.batch import Batch
 from minitrain.boxes import part_of
 from minitrain.config import TrainConfig, UserError
 from minitrain.parallel.mesh import Mesh
+from minitrain.parallel.window import bytes_of_windows
 
 log = logging.getLogger(__name__)
 
@@ -249,7 +250,7 @@ class Log:
         if self.peak:
             speed |= {name: value / seconds / 1e12 / self.peak for name, value in flops.items()}
         if self.device.type == "cuda":
-            speed["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+            speed["peak_gib"] = (torch.cuda.max_memory_allocated(self.device) + bytes_of_windows()) / 2**30
         return speed
 
     def _expert_load(self) -> list[list[float]]:

@@ -128,7 +128,7 @@ def _buffers(units: dict[str, Unit], parallel: ParallelConfig, width: int) -> in
     if parallel.zero < 2:
         return 0
     shared = {key: unit for key, unit in units.items() if unit.shard.size > 1}
-    rows = sum(numel * count for numel, count in row_buffers(shared).items())
+    rows = sum(numel * count for (numel, _), count in row_buffers(shared).items())
     rows = width * (rows + max((unit.numel for unit in shared.values()), default=0))  # and what comes of other ranks
     if parallel.zero == 2:
         return rows

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1] / "minitrain"
 FLOORS = [
     {"boxes", "config", "kernels"},
     {"extension", "parallel.comm", "parallel.layout", "parallel.recompute", "signals", "storage"},
-    {"fused_attention", "multi_tensor", "norm_rotate", "routed_rows", "shards", "batch", "parallel.mesh", "pieces"},
+    {"fused_attention", "multi_tensor", "norm_rotate", "routed_rows", "shards", "batch", "parallel.mesh",
+     "parallel.window", "pieces"},
     {"attention"},
     {
         "left": {"models", "models.layers", "models.llama", "models.qwen3", "models.qwen3_moe",

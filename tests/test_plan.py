@@ -63,8 +63,8 @@ def compare_with_what_is_there(ranks, model_config, layouts):
         mesh = init_mesh("cpu", parallel, cfg.model)
         model = parallelize(build_model(cfg.model, "cpu"), mesh, cfg.train)
         opt = shard_optimizer(model, torch.optim.Adam, mesh, parallel)
-        gathers = opt.gathered.flats if parallel.zero == 3 else {}  # it has two blocks
-        sent = nbytes(buffer for pool in opt.gradients.pools.values() for buffer, _ in pool.free)
+        gathers = opt.weights.flats if parallel.zero == 3 else {}  # it has two blocks
+        sent = nbytes(window.flat for pool in opt.gradients.pools.values() for window, _ in pool.free)
         sent += 4 * max((opt.units[key].numel for key in opt.gradients.keeps_shard), default=0)  # terms of other ranks
         held = [nbytes(opt.shards.values()), nbytes(opt.gradients.flat.values()) + bytes_of_local(opt), sent]
         held += [sum(flat.nbytes for flat in gathers.values()), 12 * sum(m.numel() for m in opt.masters.values())]

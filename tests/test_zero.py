@@ -273,16 +273,16 @@ def only_mine(flat, shard, group):
     comm.shard_of(flat, group).copy_(shard)
 
 
-def only_my_term(flat, group, _reduce_dtype):
+def only_my_term(flat, group):
     return comm.shard_of(flat, group)[None]
 
 
 DROPS = [  # of, what, what is there instead, under which stages
     ("parallel.ddp", "all_reduce", lambda flat, group: None, [ParallelConfig(0), ParallelConfig(2, 2)]),
     ("parallel.ddp", "reduce_scatter", comm.shard_of, [ParallelConfig(1)]),
-    ("parallel.ddp", "terms_of_shard", only_my_term, [ParallelConfig(2), ParallelConfig(3)]),
-    ("parallel.gather", "all_gather", lambda *_: None, [ParallelConfig(1), ParallelConfig(2)]),
-    ("parallel.gather", "all_gather", only_mine, [ParallelConfig(3)]),
+    ("parallel.window", "exchange_shards", only_my_term, [ParallelConfig(2), ParallelConfig(3)]),
+    ("parallel.window", "all_gather", lambda *_: None, [ParallelConfig(1), ParallelConfig(2)]),
+    ("parallel.window", "all_gather", only_mine, [ParallelConfig(3)]),
     ("parallel.zero", "sum_equal", lambda norm, group: norm, [ParallelConfig(1), ParallelConfig(3)]),
     ("train", "sum_equal", lambda losses, group: losses, [ParallelConfig(0)]),
 ]
@@ -390,21 +390,21 @@ def watch_blocks():
     def gather(flat, shard, group):
         all_gather(flat, shard, group)
         seen.extend(key.removeprefix("layers.") for key in opt.flats if opt.flats[key] is flat)
-        counts.add(sum(opt.flats[key].untyped_storage().nbytes() > 0 for (key,) in opt.gathered.blocks))
+        counts.add(sum(opt.flats[key].untyped_storage().nbytes() > 0 for (key,) in opt.weights.blocks))
 
-    def terms_of_shard(flat, *args):
+    def exchange_shards(flat, group):
         seen.append("sum " + {unit.numel: key.split(".")[0] for key, unit in opt.units.items()}[flat.numel()])
-        return comm.terms_of_shard(flat, *args)
+        return comm.exchange_shards(flat, group)
 
-    replaced = mock.patch("minitrain.parallel.ddp.terms_of_shard", terms_of_shard)
-    with mock.patch("minitrain.parallel.gather.all_gather", gather), replaced:
+    replaced = mock.patch("minitrain.parallel.window.exchange_shards", exchange_shards)
+    with mock.patch("minitrain.parallel.window.all_gather", gather), replaced:
         forward_backward(model, make_rows(0, 2), plain_loss, 1.0, ALONE, opt.backward)
     row = ["1", "forward 0", "2", "forward 1", "3", "forward 2", "forward 3"]
     row += ["backward 3", "2", "sum norm", "1", "sum layers", "backward 2", "0", "sum layers", "backward 1"]  # 3 stayed
     row += ["sum layers", "backward 0", "sum layers", "sum embed_tokens"]
     assert seen == ["embed_tokens", "0", "norm", *row, "0", *row]
     assert max(counts) == 2
-    assert not any(opt.flats[key].untyped_storage().nbytes() for (key,) in opt.gathered.blocks)
+    assert not any(opt.flats[key].untyped_storage().nbytes() for (key,) in opt.weights.blocks)
 
 
 def test_the_next_block_is_sent_for_before_one_runs_no_third_is_whole_and_sums_begin_in_backward():
@@ -416,15 +416,15 @@ def watch_arrivals():
     model = make_model(Case())
     opt = shard_optimizer(model, sgd, init_mesh("cpu", zero_1), zero_1)
     for module in (model.embed_tokens, *model.layers.values(), model.norm):
-        module.register_forward_pre_hook(lambda *_: seen.append([*opt.arriving.marks]))
+        module.register_forward_pre_hook(lambda *_: seen.append([*opt.weights.marks]))
     for _ in range(2):
         forward_backward(model, make_rows(0, 1), plain_loss, 1.0, ALONE, opt.backward)
         opt.clip_grad_norm(1.0)
         opt.step(0.01)
-        assert [*opt.arriving.marks] == ["embed_tokens", "layers.0", "layers.1", "norm"]
+        assert [*opt.weights.marks] == ["embed_tokens", "layers.0", "layers.1", "norm"]
     assert seen[4:] == [["layers.0", "layers.1", "norm"], ["layers.1", "norm"], ["norm"], []]
     opt.settle()
-    assert not opt.arriving.marks
+    assert not opt.weights.marks
 
 
 def test_each_block_waits_for_its_new_weights_alone():

@@ -50,19 +50,14 @@ def reduce_scatter(flat: Tensor, group: Group) -> Tensor:
     return shard
 
 
-def terms_of_shard(flat: Tensor, group: Group, reduce_dtype: torch.dtype) -> Tensor:
-    """Tensors whose sum is this rank's shard of the sum over the ranks of flat, (terms, numel of a shard).
-
-    On one host those of every rank as they are, to be added up in as wide a dtype as one likes: for bf16 half the bytes
-    of a reduction in fp32, and no passes to and from it. Between hosts more would cross than in a reduction on the way.
-    """
-    if not group.is_on_one_host:
-        return reduce_scatter(flat.to(reduce_dtype), group)[None]
-    terms = flat.view(group.size, -1)
-    if group.size > 1:
-        terms = torch.empty_like(terms)
-        dist.all_to_all_single(terms, flat.view(group.size, -1), group=group.handle)
-    return terms
+def exchange_shards(flat: Tensor, group: Group) -> Tensor:
+    """Of each rank's flat this rank's shard, (ranks, numel of a shard)."""
+    shards = flat.view(group.size, -1)
+    if group.size == 1:
+        return shards
+    out = torch.empty_like(shards)
+    dist.all_to_all_single(out, shards, group=group.handle)
+    return out
 
 
 def all_gather(flat: Tensor, shard: Tensor, group: Group) -> None:

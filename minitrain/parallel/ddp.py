@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from minitrain.multi_tensor import add_
-from minitrain.parallel.comm import Group, Lane, all_reduce, reduce_scatter, shard_of, terms_of_shard
+from minitrain.parallel.comm import Group, Lane, all_reduce, reduce_scatter, shard_of
 from minitrain.parallel.mesh import Mesh
+from minitrain.parallel.window import Window
 
 DENSE = ("dp", "cp")  # the axes that a gradient is summed over if its parameter says nothing
 _ALIGN = 64  # elements: 128 bytes of bf16, so that kernels see a parameter as they would see one of its own
@@ -132,13 +133,13 @@ def is_local(unit: Unit) -> bool:
     return unit.shard.size == unit.replica.size == unit.ends.size == 1
 
 
-def row_buffers(units: dict[str, Unit]) -> dict[int, int]:
-    """{elements of a unit: tensors of this size for a row's gradients}: one on its way while the next block fills one.
+def row_buffers(units: dict[str, Unit]) -> dict[tuple[int, Group], int]:
+    """{(elements of a unit, who cut it): windows for a row's gradients}: one is read while the next block fills one.
 
     What is outside of the blocks comes at the ends of backward, and shares one.
     """
-    blocks = {unit.numel for key, unit in units.items() if key.startswith("layers.")}
-    return {unit.numel: 2 if unit.numel in blocks else 1 for unit in units.values()}
+    blocks = {(unit.numel, unit.shard) for key, unit in units.items() if key.startswith("layers.")}
+    return {kind: 2 if kind in blocks else 1 for kind in ((unit.numel, unit.shard) for unit in units.values())}
 
 
 def added(total: Tensor | None, grad: Tensor) -> Tensor:
@@ -177,10 +178,11 @@ class Gradients:
         self.sums = {
             key: f if key in self.keeps_shard else shard_of(f, units[key].shard) for key, f in self.flat.items()
         }  # complete after finish(); under ZeRO 0 the whole
-        self.into: dict[str, Tensor] = {}  # to which this row's gradients of a unit are added
+        self.rows: dict[str, Window] = {}  # with this row's gradients of a unit
         self.pools = {}
-        for numel, count in row_buffers({key: units[key] for key in units if key in self.keeps_shard}).items():
-            self.pools[numel] = _Pool(numel, count, next(iter(units.values())).dtype, mesh.device, self.lane)
+        for (numel, group), count in row_buffers({key: units[key] for key in units if key in self.keeps_shard}).items():
+            make = functools.partial(Window, numel, next(iter(units.values())).dtype, mesh.device, group)
+            self.pools[numel, group] = _Pool(make, count, self.lane)
         self.of_part = {}  # the units of each part of the model
         for part in parts_of(model):
             names = {name for name, _ in part.named_parameters()}
@@ -225,11 +227,15 @@ class Gradients:
         p.grad = None
 
     def _add_to_flat(self, unit, key, name, grad):
-        if key not in self.into:
-            self.into[key] = self.pools[unit.numel].take() if key in self.keeps_shard else self.flat[key]
-        place = unit.view(self.into[key], name)
+        place = unit.view(self._row_of(key).flat if key in self.keeps_shard else self.flat[key], name)
         add_(place, grad[None], is_first=name not in self.held)
         self.held.add(name)
+
+    def _row_of(self, key: str) -> Window:
+        if key not in self.rows:
+            unit = self.units[key]
+            self.rows[key] = self.pools[unit.numel, unit.shard].take()
+        return self.rows[key]
 
     @torch.no_grad()
     def _sum_over_ranks(self, keys: list[str]) -> None:
@@ -237,15 +243,13 @@ class Gradients:
             self.done.add(key)
             unit = self.units[key]
             if key in self.keeps_shard:
-                pool = self.pools[unit.numel]
-                row = self.into.pop(key) if key in self.into else pool.take()  # other ranks may have gradients here
-                self._clear_others(unit, row)
+                row = self._row_of(key)  # other ranks may have gradients here if this one has none
+                self._clear_others(unit, row.flat)
                 with self.lane.beside():
-                    terms = terms_of_shard(row, unit.shard, self.reduce_dtype)
-                    add_(self.flat[key], terms, is_first=key not in self.held)
+                    add_(self.flat[key], row.terms(self.reduce_dtype), is_first=key not in self.held)
                     if self.is_last:
                         self._all_reduce(self.flat[key], unit.replica)
-                pool.give_back(row)
+                self.pools[unit.numel, unit.shard].give_back(self.rows.pop(key))
                 self.held -= unit.params.keys()
                 self.held.add(key)
             elif self.is_last and key not in self.local:
@@ -306,22 +310,21 @@ class Gradients:
 
 
 class _Pool:
-    """Flat tensors of one size, used in turn, of one unit or another; a model that fills more at a time gets more."""
+    """Windows of one size, used in turn, of one unit or another; a model that fills more at a time gets more."""
 
-    def __init__(self, numel: int, count: int, dtype: torch.dtype, device: torch.device, lane: Lane):
-        self.lane = lane
-        self.make = functools.partial(torch.zeros, numel, dtype=dtype, device=device)
-        self.free = [(self.make(), None) for _ in range(count)]
+    def __init__(self, make: Callable[[], Window], count: int, lane: Lane):
+        self.make, self.lane = make, lane
+        self.free = [(make(), None) for _ in range(count)]
 
-    def take(self) -> Tensor:
+    def take(self) -> Window:
         """One that holds anything, as soon as its last use is over."""
-        buffer, mark = self.free.pop(0) if self.free else (self.make(), None)
+        window, mark = self.free.pop(0) if self.free else (self.make(), None)
         self.lane.wait(mark)
-        return buffer
+        return window
 
-    def give_back(self, buffer: Tensor) -> None:
+    def give_back(self, window: Window) -> None:
         """Its last use is queued on the lane."""
-        self.free.append((buffer, self.lane.mark()))
+        self.free.append((window, self.lane.mark()))
 
 
 def _round_up(n: int, unit: int) -> int:

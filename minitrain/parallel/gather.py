@@ -20,19 +20,39 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor, nn
 
-from minitrain.parallel.comm import Lane, all_gather
+from minitrain.parallel.comm import Lane
 from minitrain.parallel.ddp import Unit, around_blocks, blocks_of, first_of, keys_of, on_gradient, parts_of
+from minitrain.parallel.window import Window
 
 
-class ArrivingWeights:
-    """flats[unit]: the weights, of which shards[unit], a view, is this rank's part."""
+class _Weights:
+    """flats[unit]: what the model computes with. windows[unit]: in which other ranks find this rank's shard of it."""
 
-    def __init__(self, model: nn.Module, units: dict[str, Unit], flats: dict[str, Tensor], shards: dict[str, Tensor]):
+    def __init__(self, model: nn.Module, units: dict[str, Unit], windows: dict[str, Window], flats: dict[str, Tensor]):
         self.lane = Lane(next(iter(flats.values())).device)
-        self.units, self.flats, self.shards = units, flats, shards
-        self.marks = {}  # units that are on their way
-        blocks = {key: block for key, block in blocks_of(model).items() if keys_of(key, units)}
+        self.units, self.windows, self.flats = units, windows, flats
+        self.marks = {}  # units that are on their way, or there
         self.ahead, self.behind = around_blocks(model, units)
+
+    def wait_for_readers(self) -> None:
+        """From here on the computation may write this rank's shards: no other reads them before renew()."""
+        self.lane.join()
+        for window in self.windows.values():
+            window.meet()
+
+    def settle(self) -> None:
+        """From here on the computation finds the last step's weights, as far as they are there."""
+
+    def close(self) -> None:
+        """Let go of the model, as far as it can do without."""
+
+
+class ArrivingWeights(_Weights):
+    """A window has the whole flat."""
+
+    def __init__(self, model: nn.Module, units: dict[str, Unit], *tensors: dict):
+        super().__init__(model, units, *tensors)
+        blocks = {key: block for key, block in blocks_of(model).items() if keys_of(key, units)}
         self.hooks = [model.register_forward_pre_hook(lambda *_: self.use(*self.ahead))]
         for key, block in blocks.items():
             use_this = functools.partial(self.use, *keys_of(key, units))
@@ -42,9 +62,10 @@ class ArrivingWeights:
 
     def renew(self, keys: Collection[str]) -> None:
         """Their shards have new values, which go to all ranks."""
-        for key in keys:
+        for key in (key for key in keys if key in self.units):
             with self.lane.beside():
-                all_gather(self.flats[key], self.shards[key], self.units[key].shard)
+                self.windows[key].meet()
+                self.windows[key].all_gather(self.flats[key])
             self.marks[key] = self.lane.mark()
 
     def use(self, *keys: str) -> None:
@@ -52,23 +73,20 @@ class ArrivingWeights:
         for key in keys:
             self.lane.wait(self.marks.pop(key, None))
 
-    def use_all(self) -> None:
+    def settle(self) -> None:
         self.use(*self.units)
 
     def close(self) -> None:
-        """Let go of the model."""
-        self.use_all()
+        self.settle()
         for hook in self.hooks:
             hook.remove()
 
 
-class GatheredWeights:
-    """shards[unit]: this rank's weights, for good. flats[unit]: all ranks', while they are there, at first not."""
+class GatheredWeights(_Weights):
+    """A window has the shard. A flat has memory while the weights are there, at first not."""
 
-    def __init__(self, model: nn.Module, units: dict[str, Unit], flats: dict[str, Tensor], shards: dict[str, Tensor]):
-        self.lane = Lane(next(iter(flats.values())).device)
-        self.units, self.flats, self.shards = units, flats, shards
-        self.marks = {}  # units that are there, or on their way
+    def __init__(self, model: nn.Module, units: dict[str, Unit], *tensors: dict):
+        super().__init__(model, units, *tensors)
         self.shown: str | None = None
         self.views, self.blanks = {}, {}  # of each unit's parameters: their data while it is there, and while not
         for key, unit in units.items():
@@ -80,7 +98,6 @@ class GatheredWeights:
                 p.unit = (self, key)
         blocks = {key: block for key, block in blocks_of(model).items() if keys_of(key, units)}
         self.blocks = [keys_of(key, units) for key in blocks]
-        self.ahead, self.behind = around_blocks(model, units)
         self.first, self.last = {}, set()  # block of each part of the model
         for part in parts_of(model):
             if own := [i for i, key in enumerate(blocks) if key.removeprefix("layers.") in part.layers]:
@@ -91,6 +108,13 @@ class GatheredWeights:
         for i, block in enumerate(blocks.values()):
             block.register_forward_pre_hook(functools.partial(self._before_block, i))
             block.register_forward_hook(functools.partial(self._after_block, i))
+        self._meet(units)
+
+    def _meet(self, keys: Collection[str]) -> None:
+        """What is gathered from here on is what all ranks have written."""
+        with self.lane.beside():
+            for key in keys:
+                self.windows[key].meet()
 
     def gather(self, *keys: str) -> None:
         """Send for what is not there yet."""
@@ -99,7 +123,7 @@ class GatheredWeights:
                 flat = self.flats[key]
                 with self.lane.beside():  # the memory is of this stream: it is not written before readers are done
                     flat.untyped_storage().resize_(flat.numel() * flat.element_size())
-                    all_gather(flat, self.shards[key], self.units[key].shard)
+                    self.windows[key].all_gather(flat)
                 _set_data(self.views[key])
                 self.marks[key] = self.lane.mark()
 
@@ -118,7 +142,9 @@ class GatheredWeights:
 
     def renew(self, keys: Collection[str]) -> None:
         """Their shards have new values. What forward begins with is sent for."""
+        keys = [key for key in keys if key in self.units]
         self.free(*keys)
+        self._meet(keys)
         self.gather(*(key for key in self.begin if key in keys))
 
     def show(self, key: str) -> None:

@@ -30,6 +30,7 @@ from minitrain.parallel.gather import ArrivingWeights, GatheredWeights
 from minitrain.parallel.mesh import Mesh
 from minitrain.parallel.offload import HostState
 from minitrain.parallel.owners import Owners
+from minitrain.parallel.window import Window
 from minitrain.pieces import Piece
 
 
@@ -248,15 +249,19 @@ class ShardedOptimizer(MasterOptimizer):
         if wants_whole and mesh.group("tp").size > 1:
             raise UserError("this optimizer needs whole matrices, of which each rank has a part: parallel.tp must be 1")
         self.owners = Owners(self.units) if wants_whole and self.is_sharded else None
-        self.shared = [key for key, unit in self.units.items() if cfg.zero > 0 and unit.shard.size > 1]
+        shared = [key for key, unit in self.units.items() if cfg.zero > 0 and unit.shard.size > 1]
         self.flats, self.shards = {}, {}  # what the model computes with, and this rank's part of it
-        self.masters = {}
+        self.masters, windows = {}, {}
         for key, unit in self.units.items():
-            flat = _flatten(unit, fill)
+            is_cut, device = cfg.zero == 3 and key in shared, next(iter(unit.params.values())).device
+            numel, group = unit.shard_numel if is_cut else unit.numel, unit.shard if key in shared else Group()
+            windows[key] = window = Window(numel, unit.dtype, device, group)
+            flat = torch.empty(unit.numel, dtype=unit.dtype, device=device) if is_cut else window.flat
+            _fill_flat(flat, unit, fill)
             self.masters |= self._make_masters(unit, on_host=cfg.offload == "optimizer" and flat.is_cuda)
             self.flats[key], self.shards[key] = flat, shard_of(flat, unit.shard)
-            if cfg.zero == 3 and key in self.shared:  # one unit is whole at a time
-                self.shards[key] = self.shards[key].clone()
+            if is_cut:  # one unit is whole at a time
+                self.shards[key] = window.flat.copy_(self.shards[key])
                 flat.untyped_storage().resize_(0)
             for name in self._names(key) if self.owners is None else ():
                 piece = unit.piece(self.shards[key], name, unit.shard.rank)
@@ -269,9 +274,8 @@ class ShardedOptimizer(MasterOptimizer):
             _check_shard(self.optimizer, make)
         self.settings = [_numbers(group) for group in self.optimizer.param_groups]
         self.host = HostState(self.optimizer, mesh.device) if cfg.offload == "optimizer" else None
-        parts = [{key: of[key] for key in self.shared} for of in (self.units, self.flats, self.shards)]
-        self.gathered = GatheredWeights(model, *parts) if self.shared and cfg.zero == 3 else None
-        self.arriving = ArrivingWeights(model, *parts) if self.shared and cfg.zero < 3 else None
+        parts = [{key: of[key] for key in shared} for of in (self.units, windows, self.flats)]
+        self.weights = (GatheredWeights if cfg.zero == 3 else ArrivingWeights)(model, *parts) if shared else None
         self.portions = [list(self.units)]  # units that are stepped together
         if self.host:
             self.portions = [[key] for key in self.units]
@@ -306,8 +310,8 @@ class ShardedOptimizer(MasterOptimizer):
     def close(self) -> None:
         """Gradients are the model's own again. Under ZeRO 3 its weights stay shared out: all ranks run it together."""
         self.gradients.close()
-        if self.arriving:
-            self.arriving.close()
+        if self.weights:
+            self.weights.close()
 
     # ---- one step
 
@@ -319,11 +323,12 @@ class ShardedOptimizer(MasterOptimizer):
         return sum_equal(global_norm(counted).square(), self.mesh.group("world")).sqrt()
 
     def settle(self) -> None:
-        if self.arriving:
-            self.arriving.use_all()
+        if self.weights:
+            self.weights.settle()
 
     def _step_masters(self, names: list[str]) -> None:
-        self.settle()
+        if self.weights:
+            self.weights.wait_for_readers()
         if self.host is None:
             for keys in self.portions:
                 self._step_units(keys)
@@ -348,8 +353,8 @@ class ShardedOptimizer(MasterOptimizer):
         """What owners have of whole parameters, into the shards of all ranks, and shards into the weights of all."""
         for key in keys if self.owners else ():
             self.owners.hand_out(key, {name: self.masters[name] for name in self._names(key)}, self.shards[key])
-        if weights := self.gathered or self.arriving:
-            weights.renew([key for key in keys if key in self.shared])
+        if self.weights:
+            self.weights.renew(keys)
 
     def _names(self, key: str) -> list[str]:
         return [name for name in self.units[key].params if name in self.masters]
@@ -364,6 +369,8 @@ class ShardedOptimizer(MasterOptimizer):
     def _use_loaded(self) -> None:
         if self.host:
             self.host.place()
+        if self.weights:
+            self.weights.wait_for_readers()
         super()._use_loaded()
         self._share(self.units)
 
@@ -385,16 +392,14 @@ class ShardedOptimizer(MasterOptimizer):
         return (self.owners is None and self.is_sharded) or hasattr(self.params[name], "part")
 
 
-def _flatten(unit: Unit, fill: Callable | None) -> Tensor:
-    """One flat tensor with a unit's parameters, which are views of it from here on."""
-    p = next(iter(unit.params.values()))
-    flat = torch.zeros(unit.numel, dtype=p.dtype, device=p.device)
+def _fill_flat(flat: Tensor, unit: Unit, fill: Callable | None) -> None:
+    """With a unit's parameters, which are views of it from here on."""
+    flat.zero_()
     for name, p in unit.params.items():
         view = unit.view(flat, name)
         p.data = view if fill else view.copy_(p)
     if fill:
         fill(unit.params.keys())
-    return flat
 
 
 def _fill_frozen(params: dict[str, nn.Parameter], fill: Callable) -> None:
