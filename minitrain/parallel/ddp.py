@@ -162,11 +162,10 @@ class Gradients:
         self.dtype = torch.promote_types(next(iter(units.values())).dtype, torch.float32)  # of sums
         self.reduce_dtype = reduce_dtype if reduce_dtype == torch.bfloat16 else self.dtype
         zeros = functools.partial(torch.zeros, dtype=self.dtype, device=mesh.device)
-        self.flat = {
-            key: zeros(u.shard_numel if key in self.keeps_shard else u.numel)
-            for key, u in units.items()
-            if key not in self.local
-        }
+        self.flat = {key: zeros(u.numel) for key, u in units.items() if key not in self.local | self.keeps_shard}
+        shards = {key: u.shard_numel for key, u in units.items() if key in self.keeps_shard}
+        with self.lane.beside():  # where they are written, and freed when a step has more rows
+            self.flat |= {key: zeros(numel, dtype=self.reduce_dtype) for key, numel in shards.items()}
         self.sums = {
             key: f if key in self.keeps_shard else shard_of(f, units[key].shard) for key, f in self.flat.items()
         }  # complete after finish(); under ZeRO 0 the whole
@@ -235,8 +234,8 @@ class Gradients:
                 self._clear_others(unit, row)
                 with self.lane.beside():
                     shard = reduce_scatter(row, unit.shard)
-                    if key in self.held:
-                        self.flat[key].add_(shard)
+                    if key in self.held:  # in fp32 from here on
+                        self.sums[key] = self.flat[key] = added(self.flat[key], shard)
                     else:
                         self.flat[key].copy_(shard)
                     if self.is_last:

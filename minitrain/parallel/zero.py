@@ -28,7 +28,7 @@ from minitrain.parallel.comm import Group, shard_of, sum_equal
 from minitrain.parallel.ddp import DENSE, Gradients, Unit, added, make_units
 from minitrain.parallel.gather import ArrivingWeights, GatheredWeights
 from minitrain.parallel.mesh import Mesh
-from minitrain.parallel.offload import HostState
+from minitrain.parallel.offload import HostMemory, HostState, on_host
 from minitrain.parallel.owners import Owners
 from minitrain.pieces import Piece
 
@@ -250,10 +250,13 @@ class ShardedOptimizer(MasterOptimizer):
         self.owners = Owners(self.units) if wants_whole and self.is_sharded else None
         shared = [key for key, unit in self.units.items() if cfg.zero > 0 and unit.shard.size > 1]
         self.flats, self.shards = {}, {}  # what the model computes with, and this rank's part of it
-        self.masters = {}
+        self.masters, memory, offloaded = {}, HostMemory(mesh.device), on_host(self.units, cfg)
         for key, unit in self.units.items():
             flat = _flatten(unit, fill)
-            self.masters |= self._make_masters(unit, on_host=cfg.offload == "optimizer" and flat.is_cuda)
+            masters = self._make_masters(unit)
+            if key in offloaded:
+                memory.take([*masters.values()])
+            self.masters |= masters
             self.flats[key], self.shards[key] = flat, shard_of(flat, unit.shard)
             if cfg.zero == 3 and key in shared:  # one unit is whole at a time
                 self.shards[key] = self.shards[key].clone()
@@ -268,21 +271,22 @@ class ShardedOptimizer(MasterOptimizer):
         if self.is_sharded or mesh.group("tp").size > 1:
             _check_shard(self.optimizer, make)
         self.settings = [_numbers(group) for group in self.optimizer.param_groups]
-        self.host = HostState(self.optimizer, mesh.device) if cfg.offload == "optimizer" else None
+        portions = [[self.masters[n] for n in self._names(key)] if key in offloaded else [] for key in self.units]
+        self.host = HostState(self.optimizer, memory, portions) if cfg.offload else None
         parts = [{key: of[key] for key in shared} for of in (self.units, self.flats, self.shards)]
         self.gathered = GatheredWeights(model, *parts) if shared and cfg.zero == 3 else None
         self.arriving = ArrivingWeights(model, *parts) if shared and cfg.zero < 3 else None
         self.gradients = Gradients(model, self.units, mesh, cfg.zero, getattr(torch, cfg.reduce_dtype))
         self.grad_scale = self.broken = None
 
-    def _make_masters(self, unit: Unit, on_host: bool) -> dict[str, nn.Parameter]:
+    def _make_masters(self, unit: Unit) -> dict[str, nn.Parameter]:
         masters = {}
         for name, p in unit.params.items():
             first, end = self._span(name)
             if end > first:
                 shape = [1] * (p.ndim - 1) + [end - first] if end - first < p.numel() else p.shape
                 piece = p.detach().flatten()[first:end].to(_wide(p.dtype), copy=True).view(shape)
-                masters[name] = nn.Parameter(piece.cpu().pin_memory() if on_host else piece)
+                masters[name] = nn.Parameter(piece)
                 masters[name].grad_dtype = None  # any
         return masters
 
@@ -322,8 +326,7 @@ class ShardedOptimizer(MasterOptimizer):
         if self.host is None:
             self._step_units(keys)
         else:
-            portions = [[self.masters[name] for name in self._names(key)] for key in keys]
-            self.host.step(portions, lambda i: self._step_units(keys[i : i + 1]))
+            self.host.step(lambda i: self._step_units(keys[i : i + 1]))
         self.gradients.clear()
         self._share_weights()
 
