@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from minitrain.config import ParallelConfig, UserError
-from minitrain.parallel.offload import HostMemory, on_host
+from minitrain.parallel.offload import HostMemory, HostState, on_host
 
 
 @pytest.mark.parametrize("share", [0.01, 0.25, 0.5, 0.75, 0.99, 1.0])
@@ -49,7 +50,7 @@ def test_memory_is_registered_in_whole_pages_that_are_its_own_and_let_go_with_it
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
     monkeypatch.setattr(torch.cuda, "check_error", lambda _: None)
     memory = HostMemory(torch.device("cuda"))
-    tensors = [torch.randn(n) for n in (1, 33, 5000)] + [torch.randn(7, 3).bfloat16()]
+    tensors = [torch.randn(7, 3).bfloat16()] + [torch.randn(n) for n in (1, 33, 5000)]
     copies = [copy for _ in range(5) for copy in memory.copy(tensors)]
     for copy, t in zip(copies, tensors * 5, strict=True):
         assert copy.equal(t) and copy.dtype == t.dtype
@@ -58,6 +59,22 @@ def test_memory_is_registered_in_whole_pages_that_are_its_own_and_let_go_with_it
     del memory
     gc.collect()
     assert not pages
+
+
+def test_loaded_state_gets_a_place_in_it_if_its_master_is_there():
+    masters = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = torch.optim.Adam(masters)
+    for master in masters:
+        master.grad = torch.ones(3)
+    optimizer.step()
+    before = [dict(optimizer.state[master]) for master in masters]
+    addresses = [master.data_ptr() for master in masters]
+    HostState(optimizer, HostMemory(torch.device("cpu")), [masters[:1], []]).place()
+    assert addresses == [master.data_ptr() for master in masters]  # which were there before
+    for key, value in before[0].items():
+        placed = optimizer.state[masters[0]][key]
+        assert placed.equal(value) and (placed is value) == (key == "step")
+    assert all(optimizer.state[masters[1]][key] is value for key, value in before[1].items())
 
 
 @pytest.mark.gpu

@@ -154,5 +154,8 @@ def test_offload_leaves_three_units_of_states_on_the_device_and_those_beside_its
 
 
 def test_llama_3_70b_has_room_on_four_gpus_of_141_gb_and_in_512_gib_of_host_memory():
-    memory = predict_memory(load_config(CONFIGS / "llama3_70b.toml", [], default_config), 4)
-    assert memory.peak / 2**30 < 132 and 4 * memory.host / 2**30 < 400
+    cfg = load_config(CONFIGS / "llama3_70b.toml", [], default_config)
+    memory = predict_memory(cfg, 4)
+    assert memory.peak / 2**30 < 125 and 4 * memory.host / 2**30 < 405
+    cfg.data.rows_per_step = 8
+    assert predict_memory(cfg, 4).gradients == 2 * memory.gradients  # sums over rows are in fp32
