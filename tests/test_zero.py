@@ -547,10 +547,8 @@ def test_a_run_goes_on_under_any_stage_on_any_number_of_ranks(corpus, tmp_path):
 def test_gpus_equal_one(ranks, tmp_path, train):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
-    offload = ParallelConfig(3, offload="optimizer")
-    cases = [(Case(model, 4, dtype="float64"), parallel, 1e-10) for model in MODELS for parallel in [*ZERO, offload]]
+    layouts = [*ZERO, *(ParallelConfig(3, offload="optimizer", offload_share=share) for share in (0.5, 1.0))]
+    cases = [(Case(model, 4, dtype="float64"), parallel, 1e-10) for model in MODELS for parallel in layouts]
     if train:
-        cases = [
-            (Case(model, 4, "sgd", "bfloat16", train=train), p, 2e-2) for model in MODELS for p in [*ZERO, offload]
-        ]
+        cases = [(Case(model, 4, "sgd", "bfloat16", train=train), p, 2e-2) for model in MODELS for p in layouts]
     check(ranks, cases, tmp_path, "cuda")

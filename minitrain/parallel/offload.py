@@ -12,6 +12,7 @@ import itertools
 import mmap
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 from minitrain.config import ParallelConfig
 from minitrain.parallel.comm import Lane
 from minitrain.parallel.ddp import Unit
+from minitrain.storage import THREADS
 
 _ALIGN = 64  # bytes, of a tensor in a block
+_PAGES = 1 << 14  # that a thread makes at a time
 
 
 def on_host(units: dict[str, Unit], cfg: ParallelConfig) -> list[str]:
@@ -45,9 +48,8 @@ class HostMemory:
     def __init__(self, device: torch.device):
         self.device, self.blocks = device, []
         if device.type == "cuda":
-            weakref.finalize(
-                self, _unregister, self.blocks
-            ).atexit = False  # it keeps them; a process that ends need not
+            end = weakref.finalize(self, _unregister, self.blocks)  # which keeps the blocks until then
+            end.atexit = False
 
     def like(self, tensors: list[Tensor]) -> list[Tensor]:
         """Of the same shapes and dtypes, with any values, in one block."""
@@ -64,17 +66,19 @@ class HostMemory:
         return copies
 
     def take(self, masters: list[nn.Parameter]) -> None:
-        """From now on they are here."""
+        """They are here from now on."""
         for master, copy in zip(masters, self.copy([m.data for m in masters]), strict=True):
             master.data = copy
 
     def _block(self, nbytes: int) -> Tensor:
         if self.device.type != "cuda":
             return torch.empty(nbytes, dtype=torch.uint8)
-        page = mmap.PAGESIZE  # one is registered once: this block has its own
+        page = mmap.PAGESIZE  # none may be registered twice: this block shares none
         nbytes = _round_up(nbytes, page)
         block = torch.empty(nbytes + page, dtype=torch.uint8)
         block = block[-block.data_ptr() % page :][:nbytes]
+        with ThreadPoolExecutor(THREADS) as pool:  # pages are made when they are first written; CUDA does it in one
+            list(pool.map(Tensor.zero_, block[::page].split(_PAGES)))
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), nbytes, 0))
         self.blocks.append(block)
         return block
