@@ -314,7 +314,8 @@ class ShardedOptimizer(MasterOptimizer):
         firsts = [key for key, unit in self.units.items() if unit.replica.rank == unit.ends.rank == 0]
         counted = self.gradients.tensors(firsts)  # each once in all ranks
         counted = counted or [torch.zeros(1, dtype=self.gradients.dtype, device=self.mesh.device)]
-        return sum_equal(global_norm(counted).square(), self.mesh.group("world")).sqrt()
+        norm = global_norm(counted).to(self.gradients.dtype)  # the same on all ranks, whatever they count
+        return sum_equal(norm.square(), self.mesh.group("world")).sqrt()
 
     def settle(self) -> None:
         if self.arriving:
