@@ -162,11 +162,11 @@ class ParallelConfig:
     shard_within: int = 0
     """Ranks that share one copy, such as those of a node; groups of them hold the same. 0: all ranks."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
-    """In which gradients are summed over ranks; over the rows of a rank, and by ZeRO 2 and 3 over those of a host, they
-    always are in float32, of which the latter costs nothing.
-    """
+    """Of sums of gradients over ranks, on their way and as ZeRO 2 and 3 keep them of one row; of more rows float32."""
     offload: Literal["", "optimizer"] = ""
     """optimizer: master weights and the optimizer's state stay in host memory and pass through the GPU in each step."""
+    offload_share: float = 1.0
+    """Of parameters, at most, whose masters and state are in host memory; those of the others stay on the GPU."""
     timeout_s: int = 600
     """Seconds that a rank waits for the others, at the start and in each step, before the run ends."""
     pp: int = 1
@@ -188,6 +188,10 @@ class ParallelConfig:
         _at_least(1, parallel__pp_parts=self.pp_parts, parallel__cp=self.cp, parallel__ep=self.ep)
         if self.shard_within and not self.zero:
             raise UserError(f"parallel.shard_within={self.shard_within}: with parallel.zero=0 nothing is shared out")
+        if not 0 < self.offload_share <= 1:
+            raise UserError(f"parallel.offload_share={self.offload_share}: must be more than 0 and at most 1")
+        if self.offload_share < 1 and not self.offload:
+            raise UserError(f'parallel.offload_share={self.offload_share}: only with parallel.offload="optimizer"')
 
 
 @dataclass

@@ -22,6 +22,7 @@ from minitrain.parallel.ddp import Unit, is_local, make_units, row_buffers
 from minitrain.parallel.ep import apply_ep
 from minitrain.parallel.layout import objections
 from minitrain.parallel.mesh import GRAD_SUMS, Mesh, grids, sharded_over
+from minitrain.parallel.offload import on_host
 from minitrain.parallel.pp import apply_pp, schedule
 from minitrain.parallel.tp import apply_tp
 
@@ -33,26 +34,26 @@ class Memory:
     """Bytes on one rank."""
 
     weights: int  # in the compute dtype, as far as they stay
-    gradients: int  # fp32; in the compute dtype where no other rank has a part or copy of a unit, of one row a step
-    states: int  # master weights and AdamW's two moments, as far as they stay on the device or pass through it
+    gradients: int  # fp32; of one row a step as they come: in reduce_dtype, or of units that no other rank has, in ours
+    states: int  # master weights and AdamW's two moments, as far as they stay on the device
+    passing: int  # and those that come for the step, when the activations are gone
     activations: int  # of one row, or of those that are under way in a pipeline
     loss: int  # logits of a piece, gradients of hidden states and head
     block: int  # what the backward of one block makes for itself, when the loss is done
     buffers: int  # gathered weights, gradients on their way
     early: int  # of the gradients: there while a row's activations are, too
-    states_stay: bool  # else they come for the step, when the activations are gone
+    host: int  # states in host memory
 
     @property
     def peak(self) -> int:
+        """On the device."""
         row = self.early + self.activations + max(self.loss, self.block)
-        if self.states_stay:
-            return self.weights + self.buffers + self.states + max(row, self.gradients)
-        return self.weights + self.buffers + max(row, self.states + self.gradients)
+        return self.weights + self.buffers + self.states + max(row, self.passing + self.gradients)
 
     def table(self) -> str:
         """One line, in GiB."""
-        parts = [f.name for f in fields(self) if f.type is int and f.name != "early"]
-        return ", ".join(f"{name} {getattr(self, name) / 2**30:.2f}" for name in [*parts, "peak"])
+        parts = [f.name for f in fields(self) if f.name not in ("early", "host")]
+        return ", ".join(f"{name} {getattr(self, name) / 2**30:.2f}" for name in [*parts, "peak", "host"])
 
 
 def predict_memory(cfg: Config, ranks: int = 1) -> Memory:
@@ -80,30 +81,35 @@ def _of_stage(cfg: Config, ranks: int, stage: Group) -> Memory:
     units = make_units(model, mesh)
     whole = sum(unit.numel for unit in units.values()) if is_flat else sum(p.numel() for p in model.parameters())
     shard = sum(unit.shard_numel for unit in units.values()) if is_flat else whole
-    held = shard
-    if parallel.offload:  # a unit that comes, one that is stepped, and one that goes
-        sizes = [unit.shard_numel for unit in units.values()]
-        held = max(sum(sizes[i : i + 3]) for i in range(len(sizes)))
-    moments = 2 * (_WIDE if cfg.optim.moments == "float32" else 2)
+    offloaded = on_host(units, parallel)
+    away = [unit.shard_numel if key in offloaded else 0 for key, unit in units.items()]
+    passing = max(sum(away[i : i + 3]) for i in range(len(away)))  # one comes, one is stepped, and one goes
+    state = 2 * (_WIDE if cfg.optim.moments == "float32" else 2) + (_WIDE if is_flat or width < _WIDE else 0)
     rows = max(1, cfg.data.rows_per_step // mesh.dp_size)
     actions = schedule(parallel.pp_schedule, stage.rank, stage.size, rows, parallel.pp_parts)
     under_way = max(itertools.accumulate(1 if action == "forward" else -1 for action, *_ in actions))
     local = {key for key, unit in units.items() if is_local(unit)}
     of_local = sum(p.numel() for key in local for p in units[key].params.values())
-    flat = _WIDE * sum(unit.shard_numel if parallel.zero >= 2 else unit.numel for unit in units.values())
-    flat -= _WIDE * sum(units[key].numel for key in local)
+    as_it_comes = 2 if rows == 1 and parallel.reduce_dtype == "bfloat16" else _WIDE
+    flat = 0
+    for unit in units.values():
+        if parallel.zero >= 2 and unit.shard.size > 1:
+            flat += as_it_comes * unit.shard_numel
+        elif not is_local(unit):
+            flat += _WIDE * unit.numel
     gradients = flat + of_local * (_WIDE if rows > 1 else width)
     whole_block, kept = (width * _kept_by_block(cfg, model, recompute) for recompute in ("none", cfg.train.recompute))
     return Memory(
         weights=width * (shard if parallel.zero == 3 else whole),
         gradients=gradients,
-        states=held * (moments + (_WIDE if is_flat or width < _WIDE else 0)),
+        states=state * (shard - sum(away)),
+        passing=state * passing,
         activations=under_way * len(model.layers) // parallel.pp_parts * kept,
         loss=_loss_bytes(model.lm_head.weight, _tokens(cfg), width) if model.lm_head is not None else 0,
         block=2 * whole_block - kept,
         buffers=_buffers(units, parallel, width),
         early=gradients if rows > 1 else flat,
-        states_stay=not parallel.offload,
+        host=state * sum(away),
     )
 
 

@@ -36,6 +36,7 @@ FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in (LEFT | RIGHT if 
 
 BENEATH = {
     "parallel.gather": {"parallel.ddp"},
+    "parallel.offload": {"parallel.ddp"},
     "parallel.owners": {"parallel.ddp"},
     "parallel.ep": {"parallel.cut"},
     "parallel.pp": {"parallel.ddp"},

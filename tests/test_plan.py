@@ -67,17 +67,21 @@ def compare_with_what_is_there(ranks, model_config, layouts):
         sent = nbytes(window.flat for pool in opt.gradients.pools.values() for window, _ in pool.free)
         sent += 4 * max((opt.units[key].numel for key in opt.gradients.keeps_shard), default=0)  # terms of other ranks
         held = [nbytes(opt.shards.values()), nbytes(opt.gradients.flat.values()) + bytes_of_local(opt), sent]
-        held += [sum(flat.nbytes for flat in gathers.values()), 12 * sum(m.numel() for m in opt.masters.values())]
+        away = {m for portion in opt.host.portions for m in portion} if opt.host else set()
+        held += [sum(flat.nbytes for flat in gathers.values())]
+        held += [12 * sum(m.numel() for m in opt.masters.values() if (m in away) is there) for there in (False, True)]
         of_ranks = [None] * ranks
         dist.all_gather_object(of_ranks, held)
-        weights, gradients, sent, gathered, states = map(max, zip(*of_ranks, strict=True))
+        weights, gradients, sent, gathered, states, host = map(max, zip(*of_ranks, strict=True))
         memory = predict_memory(cfg, ranks)
         assert (memory.weights, memory.gradients, memory.buffers) == (weights, gradients, gathered + sent), parallel
         assert states <= memory.states <= states * 1.2, parallel  # shards are padded to equal sizes
+        assert host <= memory.host <= host * 1.2, parallel
 
 
 def test_what_ranks_allocate_is_counted_exactly():
-    layouts = [ParallelConfig(zero) for zero in range(4)]
+    layouts = [*(ParallelConfig(zero) for zero in range(4)), ParallelConfig(2, reduce_dtype="bfloat16")]
+    layouts += [ParallelConfig(3, offload="optimizer", offload_share=share) for share in (0.5, 1.0)]
     spawn(3, compare_with_what_is_there, 3, Qwen3Config(**TINY), layouts)
 
 
@@ -138,9 +142,21 @@ def test_offloaded_states_pass_through_the_device_when_activations_are_gone():
     assert predict_memory(cfg).peak / 2**30 == pytest.approx(76.1, rel=0.08)
 
 
-def test_offload_leaves_three_units_of_states_on_the_device():
-    flags = ["--data.rows_per_step=1", "--model.num_hidden_layers=28"]
+def test_offload_leaves_three_units_of_states_on_the_device_and_those_beside_its_share():
+    flags = ["--data.rows_per_step=1", "--model.num_hidden_layers=28", "--parallel.offload=optimizer"]
     cfg = load_config(CONFIGS / "qwen3_8b.toml", flags, default_config)
-    kept = predict_memory(cfg).states
-    cfg.parallel.offload = "optimizer"
-    assert predict_memory(cfg).states < kept / 5
+    whole = predict_memory(cfg)
+    assert whole.states == 0 and whole.passing < whole.host / 5
+    cfg.parallel.offload_share = 0.6
+    part = predict_memory(cfg)
+    assert part.states + part.host == whole.host and part.passing <= whole.passing
+    assert 0.5 * whole.host < part.host <= 0.6 * whole.host
+    assert part.peak == whole.peak + part.states + part.passing - whole.passing
+
+
+def test_llama_3_70b_has_room_on_four_gpus_of_141_gb_and_in_512_gib_of_host_memory():
+    cfg = load_config(CONFIGS / "llama3_70b.toml", [], default_config)
+    memory = predict_memory(cfg, 4)
+    assert memory.peak / 2**30 < 127 and 4 * memory.host / 2**30 < 405
+    cfg.data.rows_per_step = 8
+    assert predict_memory(cfg, 4).gradients == 2 * memory.gradients  # sums over rows are in fp32

@@ -42,6 +42,7 @@ LAYOUTS = [  # of one checkpoint after the other
     (2, ParallelConfig(0)),
     (4, ParallelConfig(2, shard_within=2)),
     (2, ParallelConfig(1, offload="optimizer")),
+    (3, ParallelConfig(3, offload="optimizer", offload_share=0.5)),
     (4, ParallelConfig(3, pp=2)),
     (2, ParallelConfig(pp=2)),
     (2, ParallelConfig(tp=2)),

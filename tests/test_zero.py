@@ -302,15 +302,18 @@ def test_each_reduction_is_needed(tmp_path):
     spawn(4, compare_without, tmp_path / "one-process")
 
 
-def compare_with_a_device_apart(cases, path):
-    """As on a GPU, what is stepped is a copy of what is kept."""
-    homes = set()
+def apart(homes):
+    """As on a GPU, what is stepped is a copy of what is kept. homes: gets the addresses of what was offloaded."""
 
     def fetch(self, home):
         homes.add(home.data_ptr())
         return home.clone()
 
-    with mock.patch.object(HostState, "_fetch", fetch):
+    return mock.patch.object(HostState, "_fetch", fetch)
+
+
+def compare_with_a_device_apart(cases, path):
+    with apart(homes := set()):
         compare_all(cases, path)
     assert homes
 
@@ -319,6 +322,23 @@ def test_offloaded_states_are_those_that_were_stepped(tmp_path):
     cases = [(Case("tied", 2, name), ParallelConfig(1, offload="optimizer"), 1e-12) for name in OPTIMIZERS]
     write_expected(tmp_path / "one-process", [case for case, *_ in cases])
     spawn(2, compare_with_a_device_apart, cases, tmp_path / "one-process")
+
+
+def compare_shares():
+    for optimizer in OPTIMIZERS:
+        case, counts = Case("llama", 4, optimizer, "float32"), []
+        for parallel in [ParallelConfig(3, offload="optimizer", offload_share=share) for share in (0.2, 0.6, 1.0)]:
+            mesh = init_mesh("cpu", parallel)
+            with apart(homes := set()):
+                offloaded, _ = run(case, parallel, mesh)
+            plain, _ = run(case, ParallelConfig(3), mesh)
+            assert all(value.equal(plain[name]) for name, value in offloaded.items()), parallel
+            counts.append(len(homes))
+        assert 0 < counts[0] < counts[1] < counts[2]
+
+
+def test_a_step_is_the_same_bit_for_bit_whatever_share_is_offloaded():
+    spawn(2, compare_shares)
 
 
 # ---- what a rank holds
@@ -346,6 +366,32 @@ def count_elements():
 
 def test_each_stage_shares_out_what_it_says():
     spawn(3, count_elements)
+
+
+def sum_in_bf16():
+    parallel = ParallelConfig(3, reduce_dtype="bfloat16")
+    mesh, model = init_mesh("cpu", parallel), make_model(Case(dtype="bfloat16"))
+    opt = shard_optimizer(model, sgd, mesh, parallel)
+
+    def sums(rows):
+        forward_backward(model, rows, plain_loss, 0.1, mesh, opt.backward)
+        opt.clip_grad_norm(1.0)
+        found = {key: t.clone() for key, t in opt.gradients.sums.items()}
+        opt.gradients.clear()
+        return found
+
+    rows = make_rows(mesh.rank, 2)
+    of_rows = [sums([row]) for row in rows]
+    assert all(t.dtype == torch.bfloat16 for of_row in of_rows for t in of_row.values())
+    assert all(of_row["layers.0"].any() for of_row in of_rows)
+    for _ in range(2):
+        for key, total in sums(rows).items():
+            torch.testing.assert_close(total, sum(of_row[key].float() for of_row in of_rows), rtol=0.02, atol=1e-4)
+    assert all(t.dtype == torch.float32 and t.bfloat16().equal(of_rows[0][key]) for key, t in sums(rows[:1]).items())
+
+
+def test_sums_over_ranks_are_kept_in_bf16_for_one_row_and_in_fp32_for_more():
+    spawn(2, sum_in_bf16)
 
 
 def fill_by_unit(folder):
@@ -519,10 +565,8 @@ def test_a_run_goes_on_under_any_stage_on_any_number_of_ranks(corpus, tmp_path):
 def test_gpus_equal_one(ranks, tmp_path, train):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
-    offload = ParallelConfig(3, offload="optimizer")
-    cases = [(Case(model, 4, dtype="float64"), parallel, 1e-10) for model in MODELS for parallel in [*ZERO, offload]]
+    layouts = [*ZERO, *(ParallelConfig(3, offload="optimizer", offload_share=share) for share in (0.5, 1.0))]
+    cases = [(Case(model, 4, dtype="float64"), parallel, 1e-10) for model in MODELS for parallel in layouts]
     if train:
-        cases = [
-            (Case(model, 4, "sgd", "bfloat16", train=train), p, 2e-2) for model in MODELS for p in [*ZERO, offload]
-        ]
+        cases = [(Case(model, 4, "sgd", "bfloat16", train=train), p, 2e-2) for model in MODELS for p in layouts]
     check(ranks, cases, tmp_path, "cuda")

@@ -170,11 +170,10 @@ class Gradients:
         self.dtype = torch.promote_types(next(iter(units.values())).dtype, torch.float32)  # of sums
         self.reduce_dtype = reduce_dtype if reduce_dtype == torch.bfloat16 else self.dtype
         zeros = functools.partial(torch.zeros, dtype=self.dtype, device=mesh.device)
-        self.flat = {
-            key: zeros(u.shard_numel if key in self.keeps_shard else u.numel)
-            for key, u in units.items()
-            if key not in self.local
-        }
+        self.flat = {key: zeros(u.numel) for key, u in units.items() if key not in self.local | self.keeps_shard}
+        shards = {key: u.shard_numel for key, u in units.items() if key in self.keeps_shard}
+        with self.lane.beside():  # where they are written, and freed when a step has more rows
+            self.flat |= {key: zeros(numel, dtype=self.reduce_dtype) for key, numel in shards.items()}
         self.sums = {
             key: f if key in self.keeps_shard else shard_of(f, units[key].shard) for key, f in self.flat.items()
         }  # complete after finish(); under ZeRO 0 the whole
@@ -246,7 +245,12 @@ class Gradients:
                 row = self._row_of(key)  # other ranks may have gradients here if this one has none
                 self._clear_others(unit, row.flat)
                 with self.lane.beside():
-                    add_(self.flat[key], row.terms(self.reduce_dtype), is_first=key not in self.held)
+                    is_first, sums = key not in self.held, self.flat[key].to(self.dtype)
+                    add_(sums, row.terms(self.reduce_dtype), is_first)
+                    if is_first:
+                        self.flat[key].copy_(sums)
+                    else:  # kept in fp32 from here on
+                        self.sums[key] = self.flat[key] = sums
                     if self.is_last:
                         self._all_reduce(self.flat[key], unit.replica)
                 self.pools[unit.numel, unit.shard].give_back(self.rows.pop(key))

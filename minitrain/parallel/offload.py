@@ -1,35 +1,112 @@
 """Master weights and optimizer state in host memory: they pass through the device unit by unit in each step.
 
-    to the device   | unit 1 | unit 2 | unit 3 |
-    the step                 | unit 1 | unit 2 | unit 3 |
-    back to the host                  | unit 1 | unit 2 | unit 3 |
+    to the device   | unit 1 | unit 2 |        | unit 4 |
+    the step                 | unit 1 | unit 2 | unit 3 | unit 4 |        unit 3 stays on the device
+    back to the host                  | unit 1 | unit 2 |        | unit 4 |
 
 Rajbhandari et al. 2021, arXiv:2104.07857; here the device does the arithmetic, so any optimizer can be
 streamed that steps each parameter for itself: its step() is called once for each unit.
 """
 
+import itertools
+import mmap
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
 
+from minitrain.config import ParallelConfig
 from minitrain.parallel.comm import Lane
+from minitrain.parallel.ddp import Unit
+from minitrain.storage import THREADS
+
+_ALIGN = 64  # bytes, of a tensor in a block
+_PAGES = 1 << 14  # that a thread makes at a time
+
+
+def on_host(units: dict[str, Unit], cfg: ParallelConfig) -> list[str]:
+    """Units whose masters and state are in host memory: spread evenly, never more than the share of all elements, and
+    less by no more than a unit.
+    """
+    chosen, held, total = [], 0, 0
+    for key, unit in units.items() if cfg.offload else ():
+        total += unit.numel
+        if held + unit.numel <= cfg.offload_share * total:
+            chosen.append(key)
+            held += unit.numel
+    return chosen
+
+
+class HostMemory:
+    """Host memory that a GPU copies from and to beside its work, until this object is gone.
+
+    Ordinary memory, registered with CUDA: torch's own pinned tensors take up to twice their size, a power of two.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.blocks = device, []
+        if device.type == "cuda":
+            end = weakref.finalize(self, _unregister, self.blocks)  # which keeps the blocks until then
+            end.atexit = False
+
+    def like(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Of the same shapes and dtypes, with any values, in one block."""
+        ends = list(itertools.accumulate(_round_up(t.nbytes, _ALIGN) for t in tensors))
+        block = self._block(ends[-1]) if ends else None
+        starts = [0, *ends][:-1]
+        return [block[i:][: t.nbytes].view(t.dtype).view(t.shape) for i, t in zip(starts, tensors, strict=True)]
+
+    def copy(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The same with their values."""
+        copies = self.like(tensors)
+        for copy, t in zip(copies, tensors, strict=True):
+            copy.copy_(t)
+        return copies
+
+    def take(self, masters: list[nn.Parameter]) -> None:
+        """They are here from now on."""
+        for master, copy in zip(masters, self.copy([m.data for m in masters]), strict=True):
+            master.data = copy
+
+    def _block(self, nbytes: int) -> Tensor:
+        if self.device.type != "cuda":
+            return torch.empty(nbytes, dtype=torch.uint8)
+        page = mmap.PAGESIZE  # none may be registered twice: this block shares none
+        nbytes = _round_up(nbytes, page)
+        block = torch.empty(nbytes + page, dtype=torch.uint8)
+        block = block[-block.data_ptr() % page :][:nbytes]
+        with ThreadPoolExecutor(THREADS) as pool:  # pages are made when they are first written; CUDA does it in one
+            list(pool.map(Tensor.zero_, block[::page].split(_PAGES)))
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), nbytes, 0))
+        self.blocks.append(block)
+        return block
+
+
+def _unregister(blocks: list[Tensor]) -> None:
+    for block in blocks:
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(block.data_ptr()))
 
 
 class HostState:
-    """Streams the masters of an optimizer and its state. On a CPU all stays where it is, on the same way."""
+    """Streams the masters of an optimizer and its state. On a CPU all stays where it is, on the same way.
 
-    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device):
-        self.optimizer, self.device = optimizer, device
-        self.pins = device.type == "cuda"
-        self.there, self.back = Lane(device), Lane(device)
+    portions: what is stepped one after the other; one that stays on the device is empty.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, memory: HostMemory, portions: list[list[nn.Parameter]]):
+        self.optimizer, self.memory, self.portions = optimizer, memory, portions
+        self.device = memory.device
+        self.there, self.back = Lane(self.device), Lane(self.device)
         self.homes: dict[tuple[nn.Parameter, str], Tensor] = {}  # host tensors of what is on the device, by state's key
 
-    def step(self, portions: list[list[nn.Parameter]], step: Callable[[int], None]) -> None:
+    def step(self, step: Callable[[int], None]) -> None:
         """step(i): steps portion i, whose masters and state are then on the device."""
+        portions = self.portions
         come, gone = [self._bring(portion) for portion in portions[:1]], []
         for i, portion in enumerate(portions):
-            if i >= 2 and self.pins:  # three portions are on the device; else the host would send for all of them
+            if i >= 2 and gone[i - 2]:  # three portions are on the device; else the host would send for all of them
                 gone[i - 2].synchronize()
             come += [self._bring(following) for following in portions[i + 1 : i + 2]]
             self.there.wait(come[i])
@@ -39,41 +116,48 @@ class HostState:
 
     def wait(self) -> None:
         """Until all is back, for the host to read it."""
-        if self.pins:
-            torch.cuda.synchronize(self.device)
+        torch.get_device_module(self.device).synchronize()
 
     def place(self) -> None:
-        """State that was loaded, where step() expects it: pinned, and scalars on the device."""
-        for state in self.optimizer.state.values() if self.pins else ():
-            for key, value in state.items():
-                state[key] = value.pin_memory() if value.ndim else value.to(self.device)
+        """State that was loaded, where step() expects it: in our memory, and scalars on the device."""
+        for portion in self.portions:
+            loaded = {place: t for place, t in self._tensors(portion).items() if place[1]}
+            for place, copy in zip(loaded, self.memory.copy([*loaded.values()]), strict=True):
+                self._put(*place, copy)
+            for state in (self.optimizer.state.get(master, {}) for master in portion):
+                state.update({key: value.to(self.device) for key, value in state.items() if not value.ndim})
 
     def _bring(self, masters: list[nn.Parameter]):
         with self.there.beside():
-            for master in masters:
-                for key, home in self._tensors(master).items():
-                    self.homes[master, key] = home
-                    self._put(master, key, self._lent(self._fetch(home)))
+            for place, home in self._tensors(masters).items():
+                self.homes[place] = home
+                self._put(*place, self._lent(self._fetch(home)))
         return self.there.mark()
 
     def _fetch(self, home: Tensor) -> Tensor:
         return home.to(self.device, non_blocking=True)
 
     def _take_back(self, masters: list[nn.Parameter]):
+        tensors = self._tensors(masters)
+        new = [place for place in tensors if place not in self.homes]  # the first step made them
+        self.homes.update(zip(new, self.memory.like([tensors[place] for place in new]), strict=True))
         with self.back.beside():
-            for master in masters:
-                for key, value in self._tensors(master).items():
-                    home = self.homes.pop((master, key), None)
-                    home = torch.empty(value.shape, dtype=value.dtype, pin_memory=self.pins) if home is None else home
-                    home.copy_(value, non_blocking=True)
-                    self._lent(value)
-                    self._put(master, key, home)
+            for place, value in tensors.items():
+                home = self.homes.pop(place)
+                home.copy_(value, non_blocking=True)
+                self._lent(value)
+                self._put(*place, home)
         return self.back.mark()
 
-    def _tensors(self, master) -> dict[str, Tensor]:
-        """The master itself by the key "", and its state but for scalars, which stay on the device."""
-        state = {k: v for k, v in self.optimizer.state.get(master, {}).items() if torch.is_tensor(v) and v.ndim}
-        return {"": master.data, **state}
+    def _tensors(self, masters: list[nn.Parameter]) -> dict[tuple[nn.Parameter, str], Tensor]:
+        """The masters themselves by the key "", and their state but for scalars, which stay on the device."""
+        tensors = {}
+        for master in masters:
+            tensors[master, ""] = master.data
+            for key, value in self.optimizer.state.get(master, {}).items():
+                if torch.is_tensor(value) and value.ndim:
+                    tensors[master, key] = value
+        return tensors
 
     def _put(self, master, key, value):
         if key:
@@ -87,3 +171,7 @@ class HostState:
             t.record_stream(torch.cuda.default_stream(self.device))
             t.record_stream(self.back.stream)
         return t
+
+
+def _round_up(n: int, unit: int) -> int:
+    return -(-n // unit) * unit

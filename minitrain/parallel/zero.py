@@ -28,7 +28,7 @@ from minitrain.parallel.comm import Group, shard_of, sum_equal
 from minitrain.parallel.ddp import DENSE, Gradients, Unit, added, first_of, make_units
 from minitrain.parallel.gather import ArrivingWeights, GatheredWeights
 from minitrain.parallel.mesh import Mesh
-from minitrain.parallel.offload import HostState
+from minitrain.parallel.offload import HostMemory, HostState, on_host
 from minitrain.parallel.owners import Owners
 from minitrain.parallel.window import Window
 from minitrain.pieces import Piece
@@ -251,14 +251,16 @@ class ShardedOptimizer(MasterOptimizer):
         self.owners = Owners(self.units) if wants_whole and self.is_sharded else None
         shared = [key for key, unit in self.units.items() if cfg.zero > 0 and unit.shard.size > 1]
         self.flats, self.shards = {}, {}  # what the model computes with, and this rank's part of it
-        self.masters, windows = {}, {}
+        self.masters, windows, memory, offloaded = {}, {}, HostMemory(mesh.device), on_host(self.units, cfg)
         for key, unit in self.units.items():
             is_cut, device = cfg.zero == 3 and key in shared, next(iter(unit.params.values())).device
             numel, group = unit.shard_numel if is_cut else unit.numel, unit.shard if key in shared else Group()
             windows[key] = window = Window(numel, unit.dtype, device, group)
             flat = torch.empty(unit.numel, dtype=unit.dtype, device=device) if is_cut else window.flat
             _fill_flat(flat, unit, fill)
-            self.masters |= self._make_masters(unit, on_host=cfg.offload == "optimizer" and flat.is_cuda)
+            self.masters |= self._make_masters(unit)
+            if key in offloaded:
+                memory.take([self.masters[name] for name in self._names(key)])
             self.flats[key], self.shards[key] = flat, shard_of(flat, unit.shard)
             if is_cut:  # one unit is whole at a time
                 self.shards[key] = window.flat.copy_(self.shards[key])
@@ -273,26 +275,26 @@ class ShardedOptimizer(MasterOptimizer):
         if self.is_sharded or mesh.group("tp").size > 1:
             _check_shard(self.optimizer, make)
         self.settings = [_numbers(group) for group in self.optimizer.param_groups]
-        self.host = HostState(self.optimizer, mesh.device) if cfg.offload == "optimizer" else None
+        portions = [[self.masters[n] for n in self._names(key)] if key in offloaded else [] for key in self.units]
+        self.host = HostState(self.optimizer, memory, portions) if cfg.offload else None
         parts = [{key: of[key] for key in shared} for of in (self.units, windows, self.flats)]
         self.weights = (GatheredWeights if cfg.zero == 3 else ArrivingWeights)(model, *parts) if shared else None
-        self.portions = [list(self.units)]  # units that are stepped together
+        # Units are stepped in portions; our AdamW begins with those whose weights are shared beside the rest of it.
+        first = first_of(model, self.units) if getattr(self.optimizer, "rounds", False) else []
+        self.portions = [keys for keys in (first, [key for key in self.units if key not in first]) if keys]
         if self.host:
             self.portions = [[key] for key in self.units]
-        elif getattr(self.optimizer, "rounds", False):  # ours can step some first: these are shared beside the others
-            first = first_of(model, self.units)
-            self.portions = [first, [key for key in self.units if key not in first]]
         self.gradients = Gradients(model, self.units, mesh, cfg.zero, getattr(torch, cfg.reduce_dtype))
         self.grad_scale = self.broken = None
 
-    def _make_masters(self, unit: Unit, on_host: bool) -> dict[str, nn.Parameter]:
+    def _make_masters(self, unit: Unit) -> dict[str, nn.Parameter]:
         masters = {}
         for name, p in unit.params.items():
             first, end = self._span(name)
             if end > first:
                 shape = [1] * (p.ndim - 1) + [end - first] if end - first < p.numel() else p.shape
                 piece = p.detach().flatten()[first:end].to(_wide(p.dtype), copy=True).view(shape)
-                masters[name] = nn.Parameter(piece.cpu().pin_memory() if on_host else piece)
+                masters[name] = nn.Parameter(piece)
                 masters[name].grad_dtype = None  # any
         return masters
 
@@ -320,7 +322,8 @@ class ShardedOptimizer(MasterOptimizer):
         firsts = [key for key, unit in self.units.items() if unit.replica.rank == unit.ends.rank == 0]
         counted = self.gradients.tensors(firsts)  # each once in all ranks
         counted = counted or [torch.zeros(1, dtype=self.gradients.dtype, device=self.mesh.device)]
-        return sum_equal(global_norm(counted).square(), self.mesh.group("world")).sqrt()
+        norm = global_norm(counted).to(self.gradients.dtype)  # the same on all ranks, whatever they count
+        return sum_equal(norm.square(), self.mesh.group("world")).sqrt()
 
     def settle(self) -> None:
         if self.weights:
@@ -333,8 +336,7 @@ class ShardedOptimizer(MasterOptimizer):
             for keys in self.portions:
                 self._step_units(keys)
         else:
-            masters = [[self.masters[name] for key in keys for name in self._names(key)] for keys in self.portions]
-            self.host.step(masters, lambda i: self._step_units(self.portions[i]))
+            self.host.step(lambda i: self._step_units(self.portions[i]))
         self.gradients.clear()
 
     def _step_units(self, keys: list[str]) -> None:
