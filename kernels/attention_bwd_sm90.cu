@@ -115,10 +115,10 @@ __device__ void load_keys(Shared<C>& shared, const Arguments& args, const CUtens
 
 // Blocks of queries come from the first to the last: tiles that start together then add to different blocks. Where they
 // take turns at each block they must start at the same one, the last, which all of them see under a causal mask.
-__device__ int next_block(const Arguments& args) { return args.deterministic ? -1 : 1; }
-__device__ int nth_block(const Tile& tile, int n, const Arguments& args) {
-    return (args.deterministic ? tile.seeing.end - 1 : tile.seeing.begin) + n * next_block(args);
+__device__ int first_block(const Tile& tile, const Arguments& args) {
+    return args.deterministic ? tile.seeing.end - 1 : tile.seeing.begin;
 }
+__device__ int next_block(int block, const Arguments& args) { return args.deterministic ? block - 1 : block + 1; }
 
 // One thread: loads blocks of Q with lse, or of dO with D.
 template <int C>
@@ -132,8 +132,7 @@ __device__ void load_queries(Shared<C>& shared, const Arguments& args, const CUt
         const Tile& tile = shared.tile[tiles.stage()];
         if (tile.kv_head < 0) break;
 #pragma unroll 1
-        for (int n = 0; n < tile.seeing.size(); ++n) {
-            const int block = nth_block(tile, n, args);
+        for (int block = first_block(tile, args); tile.seeing.contains(block); block = next_block(block, args)) {
 #pragma unroll 1
             for (int head = tile.first_head; head < tile.first_head + tile.num_heads; ++head, ring.next()) {
                 const int s = ring.stage();
@@ -190,7 +189,7 @@ __device__ void add_dq(Shared<C>& shared, const Arguments& args) {
         // Who claims a block must have its part soon: not while the consumers, at the end of the tile before, wait for
         // another CTA, which may wait for that block.
         if (tiles.count > 0) shared.tile_empty[tiles.stage() ^ 1].wait(Ring<2>{tiles.count - 1}.parity());
-        int block = nth_block(tile, 0, args), head = 0, seen = 0;
+        int block = first_block(tile, args), head = 0, seen = 0;
         int padded = padded_row<C>(tile, block, tile.first_head, args);
         for (int left = tile.seeing.size() * tile.num_heads - 1; left >= 0; --left) {
             float* sum = args.dq_sum + int64_t(padded) * C;
@@ -204,7 +203,7 @@ __device__ void add_dq(Shared<C>& shared, const Arguments& args) {
                     write_sum(sum + half * kDqOfWarpgroup, shared.dq[half], sizeof shared.dq[half], is_first,
                               evict_last());
             }
-            if (++head == tile.num_heads) head = 0, block += next_block(args);
+            if (++head == tile.num_heads) head = 0, block = next_block(block, args);
             padded = padded_row<C>(tile, block, tile.first_head + head, args);
             if (lane == 0 && left > 0) seen = read_turn(args.turns + padded / kRowsOfTurn);  // while the engine reads
             if (lane == 0) wait_bulk_read<1>();  // the first half may be overwritten
@@ -309,7 +308,7 @@ struct Consumer {
     __device__ __forceinline__ void attend(const Tile& tile) {
         const int num_steps = tile.seeing.size() * tile.num_heads;
         const int tail_block = tile.doc.q_len / kQueries;  // ends behind the document, if it is there at all
-        int block = nth_block(tile, 0, args), head = 0;
+        int block = first_block(tile, args), head = 0;
         float s[kQueries / 2], dp[kQueries / 2];
         wait_for_q(tile, block == tail_block);
         issue_scores(s, shared.k, shared.q[ring.stage()]);
@@ -337,7 +336,7 @@ struct Consumer {
             wgmma_wait<2>(dv, p16);
             shared.d_out_empty[stage].arrive_as_warp();
             ring.next();
-            if (++head == tile.num_heads) head = 0, block += next_block(args);
+            if (++head == tile.num_heads) head = 0, block = next_block(block, args);
             if (left > 0) wait_for_q(tile, block == tail_block);
             // NOTE: behind the last block too, where nobody reads s and dp: the assembler makes every wgmma wait if one
             // of them stands under a condition.
