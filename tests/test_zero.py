@@ -386,7 +386,7 @@ def sum_in_bf16():
     assert all(of_row["layers.0"].any() for of_row in of_rows)
     for _ in range(2):
         for key, total in sums(rows).items():
-            torch.testing.assert_close(total, sum(of_row[key].float() for of_row in of_rows), rtol=0.02, atol=1e-4)
+            torch.testing.assert_close(total, sum(of_row[key].float() for of_row in of_rows), rtol=0.02, atol=1e-3)
     assert all(t.dtype == torch.float32 and t.bfloat16().equal(of_rows[0][key]) for key, t in sums(rows[:1]).items())
 
 
