@@ -19,6 +19,8 @@ namespace {
 using namespace sm90;
 
 constexpr int kStages = 2;               // blocks of K and of V in shared memory
+constexpr int kPart = 64;                // keys of a part of a block
+constexpr float kSmallRise = 8.0f;       // of a maximum, in powers of two: not worth a new scale of the output
 constexpr int kTurn = 1, kTogether = 4;  // named barriers, one for each warpgroup that consumes
 
 template <int C>
@@ -106,39 +108,42 @@ struct Consumer {
     const int warpgroup, thread, lane;  // of those that consume, thread in the warpgroup
     Ring<1> q;
     Ring<kStages> k, v;
-    float s[kKeys / 2], o[C / 2], max[2], sum[2];  // of the thread's rows r and r + 8
-    uint32_t p[kKeys / 4];
+    float o[C / 2], max[2], sum[2];  // of the thread's rows r and r + 8
 
     __device__ Consumer(Shared<C, kKeys>& shared, const Arguments& args, int warpgroup)
         : shared(shared), args(args), warpgroup(warpgroup), thread(threadIdx.x % 128), lane(threadIdx.x % 32) {}
 
-    // S = Q K^T, not awaited.
-    __device__ __forceinline__ void issue_scores() {
+    // S = Q K^T for N keys of the block from key `first` on, not awaited.
+    template <int N>
+    __device__ __forceinline__ void issue_scores(float (&s)[N / 2], int first) {
         const uint64_t a = descriptor(shared_address(shared.q) + warpgroup * 64 * 128);
-        const uint64_t b = descriptor(shared_address(shared.k[k.stage()]));
+        const uint64_t b = descriptor(shared_address(shared.k[k.stage()]) + first * 128);
         wgmma_fence();
 #pragma unroll
         for (int c = 0; c < C / 16; ++c) {  // 16 channels are 32 bytes of a row, 4 of them a panel
-            Wgmma<kKeys>::template ss<false, false>(s, further(a, c / 4 * Sizes<C>::kRows * 128 + c % 4 * 32),
-                                                    further(b, c / 4 * kKeys * 128 + c % 4 * 32), c != 0);
+            Wgmma<N>::template ss<false, false>(s, further(a, c / 4 * Sizes<C>::kRows * 128 + c % 4 * 32),
+                                                further(b, c / 4 * kKeys * 128 + c % 4 * 32), c != 0);
         }
         wgmma_commit();
     }
 
     // O += P V, not awaited.
-    __device__ __forceinline__ void issue_output() {
-        const uint64_t b = descriptor(shared_address(shared.v[v.stage()]), kKeys * 128);
+    template <int N>
+    __device__ __forceinline__ void issue_output(const uint32_t (&p)[N / 4], int first) {
+        const uint64_t b = descriptor(shared_address(shared.v[v.stage()]) + first * 128, kKeys * 128);
         wgmma_fence();
 #pragma unroll
-        for (int n = 0; n < kKeys / 16; ++n) {
+        for (int n = 0; n < N / 16; ++n) {
             Wgmma<C>::template rs<true>(o, p + 4 * n, further(b, n * 16 * 128), true);
         }
         wgmma_commit();
     }
 
-    __device__ __forceinline__ void mask(const Tile& tile, int block) {
+    // -infinity for what a query does not see of the keys from `first` on.
+    template <int N>
+    __device__ __forceinline__ void mask(float (&s)[N], const Tile& tile, int first) {
         const Band band{args.shape.look_back, args.shape.look_ahead};
-        const int column = block * kKeys + lane % 4 * 2;
+        const int column = first + lane % 4 * 2;
         const int place =
             tile.first_row + warpgroup * 64 + thread / 32 * 16 + lane / 4 + tile.doc.k_len - tile.doc.q_len;
 #pragma unroll
@@ -146,7 +151,7 @@ struct Consumer {
             const Band::Range seen = band.keys(place + 8 * r, tile.doc.k_len);
             const int begin = seen.begin - column, end = seen.end - column;
 #pragma unroll
-            for (int i = 0; i < kKeys / 8; ++i) {
+            for (int i = 0; i < N / 4; ++i) {
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
                     float& x = s[4 * i + 2 * r + j];
@@ -157,21 +162,23 @@ struct Consumer {
     }
 
     // s becomes exp(score - max); -> by what earlier sums and outputs must be multiplied.
-    __device__ __forceinline__ void softmax(float (&rescale)[2]) {
+    template <int N>
+    __device__ __forceinline__ void softmax(float (&s)[N], float (&rescale)[2]) {
         const float scale = args.shape.scale * kLog2e;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             float high = max[r];
 #pragma unroll
-            for (int i = 0; i < kKeys / 8; ++i) high = fmaxf(high, fmaxf(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]));
+            for (int i = 0; i < N / 4; ++i) high = fmaxf(high, fmaxf(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]));
             high = fmaxf(high, __shfl_xor_sync(~0u, high, 1));
             high = fmaxf(high, __shfl_xor_sync(~0u, high, 2));
+            if ((high - max[r]) * scale <= kSmallRise) high = max[r];
             const float subtract = high == -INFINITY ? 0.0f : high * scale;  // (-inf) - (-inf) is no number
-            rescale[r] = exp2_approx(max[r] * scale - subtract);
+            rescale[r] = high == max[r] ? 1.0f : exp2_approx(max[r] * scale - subtract);
             max[r] = high;
             float total = 0.0f;
 #pragma unroll
-            for (int i = 0; i < kKeys / 8; ++i) {
+            for (int i = 0; i < N / 4; ++i) {
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
                     float& x = s[4 * i + 2 * r + j];
@@ -183,9 +190,16 @@ struct Consumer {
         }
     }
 
+    __device__ __forceinline__ void rescale_output(const float (&rescale)[2]) {
+        if (!__any_sync(~0u, rescale[0] != 1.0f || rescale[1] != 1.0f)) return;
+#pragma unroll
+        for (int i = 0; i < C / 2; ++i) o[i] *= rescale[i / 2 % 2];
+    }
+
     __device__ __forceinline__ void run(const Tile& tile) {
 #pragma unroll
         for (int i = 0; i < C / 2; ++i) o[i] = 0.0f;
+        pin(o);
         max[0] = max[1] = -INFINITY;
         sum[0] = sum[1] = 0.0f;
         if (tile.seen.size() > 0) attend(tile);
@@ -193,16 +207,51 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void attend(const Tile& tile) {
-        float rescale[2];
         int block = tile.seen.end - 1;
+        const int num_keys = tile.doc.k_len - block * kKeys;  // of the document, in this block
         shared.q_full.wait(q.parity());
+        if (num_keys <= kKeys - kPart) attend_to_parts(tile, block--, num_keys);
+        if (block >= tile.seen.begin) {
+            attend_to_blocks(tile, block);
+        } else {
+            release_q();
+        }
+    }
+
+    // The last block of the document's keys, where it lacks as many as a part has or more: part by part.
+    __device__ __forceinline__ void attend_to_parts(const Tile& tile, int block, int num_keys) {
+        float s[kPart / 2], rescale[2];
+        uint32_t p[kPart / 4];
         shared.k_full[k.stage()].wait(k.parity());
-        issue_scores();
+        shared.v_full[v.stage()].wait(v.parity());
+        if (num_keys % kPart != 0) clear_rows<kKeys, C>(shared.v[v.stage()], num_keys, kTogether + warpgroup);
+#pragma unroll 1
+        for (int first = 0; first < num_keys; first += kPart) {
+            issue_scores<kPart>(s, first);
+            wgmma_wait<0>(s);
+            mask(s, tile, block * kKeys + first);
+            softmax(s, rescale);
+            pack(s, p);
+            rescale_output(rescale);
+            issue_output<kPart>(p, first);
+            wgmma_wait<0>(o, p);
+        }
+        shared.k_empty[k.stage()].arrive_as_warp();
+        k.next();
+        release_v();
+    }
+
+    // This block and all before it.
+    __device__ __forceinline__ void attend_to_blocks(const Tile& tile, int block) {
+        float s[kKeys / 2], rescale[2];
+        uint32_t p[kKeys / 4];
+        shared.k_full[k.stage()].wait(k.parity());
+        issue_scores<kKeys>(s, 0);
         wgmma_wait<0>(s);
         shared.k_empty[k.stage()].arrive_as_warp();
         k.next();
-        if (!tile.whole.contains(block)) mask(tile, block);
-        softmax(rescale);
+        if (!tile.whole.contains(block)) mask(s, tile, block * kKeys);
+        softmax(s, rescale);
         const int tail = tile.doc.k_len - block * kKeys;
         shared.v_full[v.stage()].wait(v.parity());
         if (tail < kKeys) clear_rows<kKeys, C>(shared.v[v.stage()], tail, kTogether + warpgroup);
@@ -212,27 +261,30 @@ struct Consumer {
             wgmma_wait<0>(o, p);
             if (!first) release_v();
             pack(s, p);
-#pragma unroll
-            for (int i = 0; i < C / 2; ++i) o[i] *= rescale[i / 2 % 2];
+            rescale_output(rescale);
             if (--block < tile.seen.begin) break;
             shared.k_full[k.stage()].wait(k.parity());
             barrier_sync(kTurn + warpgroup, 256);  // the one before has issued its products
-            issue_scores();
+            issue_scores<kKeys>(s, 0);
             shared.v_full[v.stage()].wait(v.parity());
-            issue_output();
+            issue_output<kKeys>(p, 0);
             barrier_arrive(kTurn + (warpgroup + 1) % Sizes<C>::kConsumers, 256);
             wgmma_wait<1>(s);  // the scores
             shared.k_empty[k.stage()].arrive_as_warp();
             k.next();
-            if (!tile.whole.contains(block)) mask(tile, block);
-            softmax(rescale);
+            if (!tile.whole.contains(block)) mask(s, tile, block * kKeys);
+            softmax(s, rescale);
         }
-        shared.q_empty.arrive_as_warp();
-        q.next();
+        release_q();
         shared.v_full[v.stage()].wait(v.parity());
-        issue_output();
+        issue_output<kKeys>(p, 0);
         wgmma_wait<0>(o, p);
         release_v();
+    }
+
+    __device__ __forceinline__ void release_q() {
+        shared.q_empty.arrive_as_warp();
+        q.next();
     }
 
     __device__ __forceinline__ void release_v() {

@@ -177,6 +177,7 @@ def _kept_by_block(cfg: Config, model: nn.Module, recompute: str) -> int:
     products = T * (2 * q + 2 * kv + D + 2 * inner + experts * D)  # results of matrix products, and of attention
     products += T * (q + kv) if has_norms else 0  # after norm_rotate
     products += T * D if tp > 1 and not experts else 0  # of the last one, before ranks add theirs up
+    products += T * experts * D if cfg.parallel.ep > 1 else 0  # rows that came for the experts
     return stream + products
 
 

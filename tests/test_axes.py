@@ -22,12 +22,12 @@ from minitrain.boxes import part_of, take
 from minitrain.config import Config, DataConfig, ParallelConfig, TrainConfig, UserError
 from minitrain.hf import load_weights
 from minitrain.loss import cross_entropy
-from minitrain.models import build_model, init_weights, materialize
+from minitrain.models import build_model, init_weights, materialize, qwen3_moe
 from minitrain.models.layers import Attention
 from minitrain.models.llama import LlamaConfig
 from minitrain.models.qwen3 import Qwen3Config
 from minitrain.models.qwen3_moe import MoE, Qwen3MoeConfig
-from minitrain.parallel import parallelize
+from minitrain.parallel import ep, parallelize
 from minitrain.parallel.comm import Group
 from minitrain.parallel.cp import assign, share_tokens
 from minitrain.parallel.layout import objections
@@ -373,19 +373,45 @@ def gradients_on_the_cpu(d_out_THC, _d_lse, q_THC, k_SKC, v_SKC, _out, _lse, cu_
     return torch.func.vjp(forward, q_THC, k_SKC, v_SKC)[1](d_out_THC)
 
 
-def count_compilations(recompute):
+def in_one_op():
+    """Makes it a backend that runs on the CPU."""
     BACKENDS["in one op"] = attention_in_one_op
     fused_attention.attention_fwd.register_kernel("cpu", attention_on_the_cpu)
     fused_attention.attention_bwd.register_kernel("cpu", gradients_on_the_cpu)
-    compile, graphs = torch.compile, torch._dynamo.utils.counters["stats"]
-    cfg, grads = MODELS["tied"], {}
+
+
+def compile_with(mesh, cfg, train, **options):
+    """A model whose blocks are compiled with these options, if they are compiled."""
+    model, compile = build_model(cfg, "cpu"), torch.compile
+    init_weights(model, 0)
+    torch._dynamo.reset()
+    with mock.patch("torch.compile", lambda f, **fixed: compile(f, **fixed, **options)):
+        parallelize(model, mesh, train)
+    return model.to(mesh.device)
+
+
+def gradients(model, row):
+    """Of a sum with weights of all signs: of squares, which the last norm made alike, they would be rounding errors."""
+    model.zero_grad()
+    hidden_TD = model(row)
+    (hidden_TD * torch.arange(hidden_TD.numel(), device=hidden_TD.device).sin().view_as(hidden_TD)).mean().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_alike(ours, plain, tolerance, what):
+    assert ours.keys() == plain.keys()
+    for name, grad in plain.items():
+        close = {"rtol": tolerance, "atol": tolerance * grad.abs().max().item()}
+        torch.testing.assert_close(ours[name], grad, **close, msg=lambda m, n=name: f"{what} {n}: {m}")
+
+
+def count_compilations(recompute):
+    in_one_op()
+    cfg, graphs, grads = MODELS["tied"], torch._dynamo.utils.counters["stats"], {}
     mesh = init_mesh("cpu", ParallelConfig(cp=2), cfg)
     for compiled in ("off", "on"):
-        model = build_model(cfg, "cpu")
-        init_weights(model, 0)
         train = TrainConfig(compile=compiled, recompute=recompute, attention="in one op")
-        with mock.patch("torch.compile", lambda f, **options: compile(f, backend="aot_eager", **options)):
-            parallelize(model, mesh, train)
+        model = compile_with(mesh, cfg, train, backend="aot_eager")
         grads[compiled] = []
         for lengths in (
             [32, 32, 0],
@@ -395,13 +421,10 @@ def count_compilations(recompute):
             [30, 30, 4],
         ):  # the first: as many keys as queries
             row = Batch.pack([torch.arange(n) % 7 for n in lengths], 64)
-            model.zero_grad()
-            model(share_tokens(row, mesh.group("cp"))).pow(3).mean().backward()  # squares after a norm have none
-            grads[compiled].append({name: p.grad for name, p in model.named_parameters()})
+            grads[compiled].append(gradients(model, share_tokens(row, mesh.group("cp"))))
         assert graphs["unique_graphs"] == (compiled == "on"), lengths  # of which all blocks make use
     for on, off in zip(grads["on"], grads["off"], strict=True):
-        for name in off:
-            torch.testing.assert_close(on[name], off[name], msg=lambda m, n=name: f"{n}: {m}")
+        assert_alike(on, off, 1e-5, recompute)
 
 
 @pytest.mark.slow
@@ -418,24 +441,14 @@ def test_rows_that_cannot_be_shared_out_are_refused(corpus, tmp_path):
 
 
 def compare_compiled(recompute, device, backend, tolerance):
-    compile, cfg, grads = torch.compile, MODELS["tied"], {}
+    cfg = MODELS["tied"]
     for parallel in (ParallelConfig(tp=2), ParallelConfig(cp=2)):
-        mesh = init_mesh(device, parallel, cfg)
+        mesh, grads = init_mesh(device, parallel, cfg), {}
+        row = Batch.pack([torch.arange(40) % 7, torch.arange(24) % 7], 64).to(mesh.device)
         for compiled in ("off", "on"):
-            model = build_model(cfg, "cpu")
-            init_weights(model, 0)
-            torch._dynamo.reset()
-            with mock.patch("torch.compile", lambda f, **options: compile(f, backend=backend, **options)):
-                parallelize(model, mesh, TrainConfig(compile=compiled, recompute=recompute))
-            model.to(mesh.device)
-            row = Batch.pack([torch.arange(40) % 7, torch.arange(24) % 7], 64).to(mesh.device)
-            model(share_tokens(row, mesh.group("cp"))).pow(3).mean().backward()  # squares after a norm have none
-            grads[compiled] = {name: p.grad for name, p in model.named_parameters()}
-        for name, grad in grads["off"].items():
-            what = f"{parallel} {name}: "
-            torch.testing.assert_close(
-                grads["on"][name], grad, rtol=tolerance, atol=tolerance * grad.abs().max().item(), msg=what.__add__
-            )
+            model = compile_with(mesh, cfg, TrainConfig(compile=compiled, recompute=recompute), backend=backend)
+            grads[compiled] = gradients(model, share_tokens(row, mesh.group("cp")))
+        assert_alike(grads["on"], grads["off"], tolerance, parallel)
 
 
 @pytest.mark.slow
@@ -450,3 +463,73 @@ def test_compiled_blocks_that_gpus_share_have_the_same_gradients(recompute):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     spawn(2, compare_compiled, recompute, "cuda", "inductor", 1e-3, device="cuda")
+
+
+# ---- experts on several ranks in one graph
+
+EXCHANGES = {"none": 5, "cheap": 5, "block": 7, "full": 8}  # of a layer: counts, rows, rows; their gradients; again
+
+
+def grouped_matmul(x_RD, w_EFD, counts_E):
+    """As on a GPU, where the compiler does not know how many rows there are."""
+    return qwen3_moe._grouped_matmul(x_RD.bfloat16(), w_EFD.bfloat16(), counts_E).float()
+
+
+def exchange_in_one_graph(recompute):
+    in_one_op()
+    cfg = dataclasses.replace(MODELS["moe"], moe_intermediate_size=16)
+    mesh, grads = init_mesh("cpu", ParallelConfig(ep=2), cfg), {}
+    exchanges = mock.Mock(wraps=ep.all_to_all_rows)
+    with (
+        mock.patch.object(qwen3_moe, "_matmul_by_expert", grouped_matmul),
+        mock.patch.object(ep, "all_to_all_rows", exchanges),
+    ):
+        for compiled in ("off", "on"):
+            train = TrainConfig(compile=compiled, recompute=recompute, attention="in one op")
+            model = compile_with(mesh, cfg, train, backend="aot_eager_decomp_partition", fullgraph=True)
+            grads[compiled] = []
+            for seed in (0, 1, None, 2):
+                for block in model.layers.values():
+                    gate = block.mlp.gate.weight.data
+                    gate.zero_() if seed is None else gate.normal_(generator=torch.Generator().manual_seed(seed))
+                exchanges.reset_mock()
+                row = Batch.pack([torch.arange(40) % 7 + mesh.rank, torch.arange(24) % 5], 64)
+                grads[compiled].append(gradients(model, row))
+                assert exchanges.call_count == EXCHANGES[recompute] * len(model.layers)
+                got = len(exchanges.call_args_list[2].args[0])  # what goes back
+                assert got in (0, 256) if seed is None else 0 < got != 128
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    for on, off in zip(grads["on"], grads["off"], strict=True):
+        assert_alike(on, off, 1e-2, recompute)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", EXCHANGES)
+def test_blocks_are_one_graph_whatever_rows_experts_get(recompute):
+    spawn(2, exchange_in_one_graph, recompute)
+
+
+def exchange_on_gpus():
+    cfg = dataclasses.replace(MODELS["moe"], moe_intermediate_size=16)
+    model = build_model(cfg, "cpu")
+    init_weights(model, 0)
+    parallelize(model, init_mesh("cuda", ParallelConfig(ep=2), cfg), TrainConfig())
+    moe, grads = model.layers["0"].mlp.to("cuda", torch.bfloat16), []
+    for rows_are in ("shared out", "all for one rank"):
+        if rows_are == "all for one rank":
+            moe.gate.weight.data.zero_()
+        x_TD = torch.randn(64, cfg.hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for forward in (moe, torch.compile(moe, fullgraph=True, dynamic=False)):
+            moe.zero_grad()
+            x_TD.grad = None
+            y_TD = forward(x_TD, Batch.pack([torch.arange(64)]).to("cuda"))
+            (y_TD * torch.arange(y_TD.numel(), device="cuda").sin().view_as(y_TD)).sum().backward()
+            grads.append({"x": x_TD.grad} | {name: p.grad for name, p in moe.named_parameters()})
+        assert_alike(grads.pop(), grads.pop(), 2e-2, rows_are)
+
+
+@pytest.mark.gpu
+def test_gpus_exchange_rows_in_one_graph():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    spawn(2, exchange_on_gpus, device="cuda")

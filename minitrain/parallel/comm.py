@@ -31,6 +31,12 @@ def everyone() -> Group:
     return Group(dist.get_rank(), dist.get_world_size())
 
 
+def named(name: str) -> Group:
+    """The group whose handle has this name, which is what an operation of the compiler's graphs can be told."""
+    handle = dist.distributed_c10d._resolve_process_group(name)
+    return Group(handle.rank(), handle.size(), handle)
+
+
 def shard_of(flat: Tensor, group: Group) -> Tensor:
     """This rank's shard, a view."""
     return flat.chunk(group.size)[group.rank]

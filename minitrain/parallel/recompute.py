@@ -2,13 +2,13 @@
 
             computes again                              keeps
     none    what the compiler finds cheap               the rest
-    cheap   pointwise operations, norms, copies         results of matrix products, sorts, attention, norm_rotate
-    block   all but attention                           the block's input, attention's results
+    cheap   pointwise operations, norms, copies         results of matrix products, sorts, attention, norm_rotate,
+                                                        and of the exchange of rows with other ranks' experts
+    block   all but attention and the choice of experts the block's input, attention's results, who goes where
     full    all                                         the block's input
 
 "none" and "cheap" cost no matrix product, "block" and "full" a forward of the block. Under "cheap" and "block" a block
-that cannot be compiled as one graph, as with experts on several ranks, runs uncompiled.
-Chen et al. 2016, arXiv:1604.06174.
+that cannot be compiled as one graph runs uncompiled. Chen et al. 2016, arXiv:1604.06174.
 """
 
 import functools
@@ -18,13 +18,19 @@ from collections.abc import Callable
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-_COSTLY = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "_grouped_mm", "topk", "sort")}
+_ROUTING = {"aten::topk", "aten::sort", "minitrain::exchange_counts"}  # few bytes; the host waits for the last
+_COSTLY = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "_grouped_mm")} | _ROUTING
+_COSTLY |= {"minitrain::rows_to_ranks", "minitrain::rows_from_ranks"}
 _COSTLY |= {"minitrain::norm_rotate"}  # of what is left it takes most of the time: half of what "cheap" would cost
 
 
 def _is_attention(op) -> bool:
     """Of any backend."""
     return "attention" in _name(op) or "attn" in _name(op)
+
+
+def _is_attention_or_routing(op) -> bool:
+    return _name(op) in _ROUTING or _is_attention(op)
 
 
 def _is_costly(op) -> bool:
@@ -37,7 +43,7 @@ def _name(op) -> str:
 
 # It warns of operations in place, of which a block has one, its count of rows, which need not be right to the bit.
 logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
-KEEPS = {"cheap": _is_costly, "block": _is_attention}  # operations whose results are kept
+KEEPS = {"cheap": _is_costly, "block": _is_attention_or_routing}  # operations whose results are kept
 
 
 def recomputed(forward: Callable, keeps: Callable | None = None) -> Callable:
