@@ -42,7 +42,7 @@ def test_memory_is_registered_in_whole_pages_that_are_its_own_and_let_go_with_it
     pages = {}  # that CUDA knows
 
     def register(address, nbytes, flags):
-        assert address % mmap.PAGESIZE == nbytes % mmap.PAGESIZE == flags == 0
+        assert address % mmap.PAGESIZE == flags == 0
         assert not any(begin < address + nbytes and address < end for begin, end in pages.items())
         pages[address] = address + nbytes
 
@@ -84,6 +84,6 @@ def test_registered_memory_is_pinned_and_not_rounded_up():
     (copy,) = memory.copy([on_gpu])
     assert copy.is_pinned() and copy.equal(on_gpu.cpu())
     assert copy.to("cuda", non_blocking=True).equal(on_gpu)
-    assert sum(block.nbytes for block in memory.blocks) - copy.nbytes < mmap.PAGESIZE
+    assert sum(block.nbytes for block in memory.blocks) - copy.nbytes < 64
     del memory
     assert not copy.is_pinned()

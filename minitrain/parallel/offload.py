@@ -73,12 +73,11 @@ class HostMemory:
     def _block(self, nbytes: int) -> Tensor:
         if self.device.type != "cuda":
             return torch.empty(nbytes, dtype=torch.uint8)
-        page = mmap.PAGESIZE  # none may be registered twice: this block shares none
-        nbytes = _round_up(nbytes, page)
-        block = torch.empty(nbytes + page, dtype=torch.uint8)
-        block = block[-block.data_ptr() % page :][:nbytes]
-        with ThreadPoolExecutor(THREADS) as pool:  # pages are made when they are first written; CUDA does it in one
-            list(pool.map(Tensor.zero_, block[::page].split(_PAGES)))
+        # Pages of its own, since none may be registered twice.
+        pages = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        block = torch.frombuffer(pages, dtype=torch.uint8)
+        with ThreadPoolExecutor(THREADS) as pool:  # they are made when they are first written; CUDA does it in one
+            list(pool.map(Tensor.zero_, block[:: mmap.PAGESIZE].split(_PAGES)))
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), nbytes, 0))
         self.blocks.append(block)
         return block
