@@ -49,7 +49,7 @@ def test_bytes_bandwidth_and_hidden_time_of_a_trace():
     reduce = {"Collective name": "allreduce", "In msg nelems": 1_000_000, "Out msg nelems": 1_000_000,
               "Group size": 4, "dtype": "Float"}  # fmt: skip
     events = [
-        {"cat": "cpu_op", "name": "nccl:all_gather", "ts": 0, "dur": 900, "args": gather},
+        on_host("nccl:all_gather", 0, 900, **gather),
         kernel("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", 0, 100, **gather),
         kernel("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", 200, 300, **gather),
         kernel("ncclDevKernel_AllReduce_Sum_f32_RING_LL", 400, 450, **reduce),
@@ -57,9 +57,17 @@ def test_bytes_bandwidth_and_hidden_time_of_a_trace():
         kernel("gemm", 60, 150),  # on another stream
         kernel("gemm", 200, 300),
     ]
-    gathers, reduces = communication(events, steps=2)
+    copy = kernel("Memcpy PtoP (Device -> Device)", 500, 600, correlation=7, bytes=30_000_000)
+    events += [
+        on_host("minitrain::Window.copy", 480, 500, cat="user_annotation"),
+        on_host("cudaMemcpyAsync", 490, 491, cat="cuda_runtime", correlation=7),
+        {**copy, "cat": "gpu_memcpy"},
+        kernel("gemm", 520, 600),
+    ]
+    gathers, reduces, copies = communication(events, steps=2)
     assert gathers == {"collective": "AllGather", "a step": "1", "MB": "6", "ms": "0.1", "GB/s": "60", "hidden": "75%"}
     assert reduces == {"collective": "AllReduce", "a step": "0", "MB": "3", "ms": "0.0", "GB/s": "120", "hidden": "0%"}
+    assert copies == {"collective": "copies", "a step": "0", "MB": "15", "ms": "0.1", "GB/s": "300", "hidden": "80%"}
 
 
 @pytest.mark.slow
@@ -88,6 +96,8 @@ def test_a_kernel_belongs_to_the_operations_that_launched_it():
         on_host("aten::_foreach_norm", 530, 560), *launched(540, 550, 7),
         on_host("torch::autograd::AccumulateGrad", 570, 580), *launched(572, 576, 11),
         on_host("Optimizer.step#AdamW.step", 600, 700, cat="user_annotation"), *launched(610, 640, 8),
+        on_host("torch::autograd::AccumulateGrad", 650, 690),
+        on_host("minitrain::Window.meet", 660, 680, cat="user_annotation"), *launched(670, 680, 12),  # counts as none
     ]  # fmt: skip
     times = part_times(events[::-1], steps=2)
     wanted = {"loss": 11, "optimizer": 44, "attention": 4, "GEMMs": 20, "pointwise": 5 + 10 + 10 + 5, "idle": 491}

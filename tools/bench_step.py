@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from step_parts import floors, measure_ceilings, part_rows, part_times
+from step_parts import communicates, floors, measure_ceilings, part_rows, part_times, parts_of_launches
 
 import minitrain as mt
 from minitrain.config import Config, UserError, exit_with, load_config, take_config
@@ -119,12 +119,15 @@ def _with_even_counts(_module, args):
 
 
 def communication(events: list[dict], steps: int) -> list[dict]:
-    """Events of a Chrome trace by torch.profiler -> for each kind of NCCL kernel, what it did in one step."""
-    kernels = [e for e in events if e.get("cat") == "kernel"]
-    others = _union([(e["ts"], e["ts"] + e["dur"]) for e in kernels if not e["name"].startswith("nccl")])
+    """Events of a Chrome trace by torch.profiler -> for copies between GPUs and each kind of NCCL kernel, one step's."""
+    part_of = parts_of_launches(events)
+    kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy")]
+    others = _union([(e["ts"], e["ts"] + e["dur"]) for e in kernels if not communicates(e, part_of)])
     kinds: dict[str, list[dict]] = {}
-    for e in kernels:
-        if e["name"].startswith("nccl") and "Collective name" in e["args"]:
+    for e in (e for e in kernels if communicates(e, part_of)):
+        if e["cat"] == "gpu_memcpy":
+            kinds.setdefault("copies", []).append(e)
+        elif "Collective name" in e["args"]:
             kinds.setdefault(re.sub(r".*Kernel_([A-Za-z]+).*", r"\1", e["name"]), []).append(e)
     rows = []
     for kind, of_kind in sorted(kinds.items()):
@@ -144,6 +147,8 @@ def communication(events: list[dict], steps: int) -> list[dict]:
 
 def _bus_bytes(kind, args) -> float:
     """github.com/NVIDIA/nccl-tests, doc/PERFORMANCE.md: what links can be measured by, whatever the algorithm."""
+    if kind == "copies":
+        return args["bytes"]
     width = {"Float": 4, "BFloat16": 2, "Half": 2, "Double": 8, "Long": 8, "Int": 4}.get(args["dtype"], 1)
     n = args["Group size"]
     return max(args["In msg nelems"], args["Out msg nelems"]) * width * (n - 1) / n * (2 if kind == "AllReduce" else 1)

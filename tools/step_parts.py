@@ -6,7 +6,7 @@
     attention   attention of any backend                            7 FLOPs a (query, key) pair and channel
     GEMMs       other matrix products                               6 FLOPs a token and parameter, recomputation's 2
     pointwise   anything else                                       passes over activations: _pointwise_elements
-    idle        no kernel, or a collective alone                    none
+    idle        no kernel, or communication alone                   none
 
 FLOPs take the time that they take in a large matrix product, bytes that of a large copy, both measured in the same run.
 A pair, as in minitrain/metrics.py, is one without the causal mask, which halves it: 4 / 2 FLOPs forward, and 10 / 2
@@ -27,12 +27,14 @@ from minitrain.metrics import Flops
 from minitrain.models import build_model
 
 _OPERATIONS = {  # of a part, by what the profiler calls them; the first part counts that has one around a launch
+    "communication": r"^minitrain::Window",
     "loss": r"_LinearCrossEntropy",
     "optimizer": r"^Optimizer\.step|AccumulateGrad|^minitrain::global_norm|^aten::_foreach_",
     "attention": r"(::|^triton_tem_).*(attention|attn|flash)",
     "GEMMs": r"^aten::(mm|addmm|bmm|baddbmm|_grouped_mm)$",
 }
-PARTS = [*_OPERATIONS, "pointwise", "idle"]
+_PARTS = [*_OPERATIONS, "pointwise", "idle"]
+PARTS = [part for part in _PARTS if part != "communication"]
 
 
 # ---- times
@@ -44,9 +46,9 @@ def part_times(events: list[dict], steps: int) -> dict[str, float]:
     They sum up to the time from the first kernel's start to the last one's end: of kernels at the same time, the one
     that started first counts.
     """
-    part_of = _parts_of_launches(events)
+    part_of = parts_of_launches(events)
     kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    kernels = sorted((e for e in kernels if not e["name"].startswith("nccl")), key=lambda e: e["ts"])
+    kernels = sorted((e for e in kernels if not communicates(e, part_of)), key=lambda e: e["ts"])
     if not kernels:
         return {}
     times, reached = dict.fromkeys(PARTS, 0.0), kernels[0]["ts"]
@@ -58,21 +60,26 @@ def part_times(events: list[dict], steps: int) -> dict[str, float]:
     return times
 
 
-def _parts_of_launches(events) -> dict[int, str]:
-    """Correlation id -> part, by the operations that ran on the launching thread."""
+def communicates(kernel: dict, part_of: dict[int, str]) -> bool:
+    """NCCL's kernels, and copies from windows."""
+    return kernel["name"].startswith("nccl") or part_of.get(kernel["args"].get("correlation")) == "communication"
+
+
+def parts_of_launches(events: list[dict]) -> dict[int, str]:
+    """Correlation id -> part, or communication, by the operations that ran on the launching thread."""
     threads = defaultdict(list)
     for e in events:
         if e.get("cat") in ("cpu_op", "user_annotation", "cuda_runtime", "cuda_driver"):
             threads[e["tid"]].append(e)
     parts = {}
     for thread in threads.values():
-        around = [(float("inf"), PARTS.index("pointwise"))]  # operations that have not ended: end, part's place
+        around = [(float("inf"), _PARTS.index("pointwise"))]  # operations that have not ended: end, part's place
         for e in sorted(thread, key=lambda e: (e["ts"], -e["dur"])):
             while around[-1][0] < e["ts"]:
                 around.pop()
             place = around[-1][1]
             if e["cat"].startswith("cuda_"):
-                parts[e["args"].get("correlation")] = PARTS[place]
+                parts[e["args"].get("correlation")] = _PARTS[place]
             else:
                 around.append((e["ts"] + e["dur"], min(place, _place(e["name"]))))
     return parts

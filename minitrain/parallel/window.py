@@ -11,6 +11,7 @@ Between hosts, on a CPU, and where GPUs do not reach each other, reading is a co
 import functools
 import os
 import weakref
+from collections.abc import Sequence
 
 import torch
 import torch.distributed._symmetric_memory as symmetric
@@ -37,19 +38,18 @@ class Window:
     def meet(self) -> None:
         """On the stream that runs: what any rank has queued before is done before what any rank queues after."""
         if self.peers:
-            self.handle.barrier()
+            with torch.profiler.record_function("minitrain::Window.meet"):
+                self.handle.barrier()
 
     def all_gather(self, flat: Tensor) -> None:
         """Fill flat with the windows of all ranks; or with each rank's shard of its window, if flat is this rank's."""
-        is_window = flat.data_ptr() == self.flat.data_ptr()
-        if not self.peers:
-            return all_gather(flat, shard_of(flat, self.group) if is_window else self.flat, self.group)
-        shards = flat.chunk(self.group.size)
-        for rank in self._ranks():
-            if not is_window:
-                shards[rank].copy_(self.peers[rank])
-            elif rank != self.group.rank:
-                shards[rank].copy_(self.peers[rank].chunk(self.group.size)[rank])
+        is_window, n = flat.data_ptr() == self.flat.data_ptr(), self.group.size
+        mine = shard_of(flat, self.group) if is_window else self.flat
+        if self.peers:
+            shards = [peer.chunk(n)[rank] if is_window else peer for rank, peer in enumerate(self.peers)]
+            self._copy(shards, mine, flat.chunk(n))
+        else:
+            all_gather(flat, mine, self.group)
 
     def terms(self, reduce_dtype: torch.dtype) -> Tensor:
         """Tensors whose sum is this rank's shard of the sum of all windows, (terms, numel of a shard); with both meets.
@@ -63,14 +63,18 @@ class Window:
             return exchange_shards(self.flat, self.group)
         terms = torch.empty_like(self.flat).view(self.group.size, -1)
         self.meet()
-        for rank in self._ranks():
-            terms[rank].copy_(shard_of(self.peers[rank], self.group))
+        self._copy([shard_of(peer, self.group) for peer in self.peers], shard_of(self.flat, self.group), terms)
         self.meet()
         return terms
 
-    def _ranks(self) -> list[int]:
-        """From this one on, so that no two ranks read the same one's at a time."""
-        return [(self.group.rank + i) % self.group.size for i in range(self.group.size)]
+    def _copy(self, shards: Sequence[Tensor], mine: Tensor, to: Sequence[Tensor]) -> None:
+        """One of each rank; mine is this rank's of them. No two ranks read the same one's memory at a time."""
+        rank, size = self.group.rank, self.group.size
+        with torch.profiler.record_function("minitrain::Window.copy"):
+            for other in ((rank + i) % size for i in range(1, size)):
+                to[other].copy_(shards[other])
+        if to[rank].data_ptr() != mine.data_ptr():
+            to[rank].copy_(mine)
 
 
 def bytes_of_windows() -> int:
