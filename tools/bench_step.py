@@ -119,7 +119,7 @@ def _with_even_counts(_module, args):
 
 
 def communication(events: list[dict], steps: int) -> list[dict]:
-    """Events of a Chrome trace by torch.profiler -> for copies between GPUs and each kind of NCCL kernel, one step's."""
+    """Events of a Chrome trace by torch.profiler -> one step's copies between GPUs, and NCCL kernels of each kind."""
     part_of = parts_of_launches(events)
     kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy")]
     others = _union([(e["ts"], e["ts"] + e["dur"]) for e in kernels if not communicates(e, part_of)])
