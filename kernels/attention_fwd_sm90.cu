@@ -6,6 +6,8 @@
 // Two overlaps keep the tensor cores busy. Inside a warpgroup: P V of a block is issued behind S of the next one, and
 // runs while the softmax of that S is computed. Between warpgroups, by turns: one issues its products while another is
 // at its softmax. The next tile's Q, K and V are loaded while this tile's last products and stores go on.
+// Two savings: the last block of a document's keys goes in parts where it is far from full, and O gets a new scale only
+// where a maximum rose by much; until then exponentials are of the old one, and at most 2^8.
 //
 // Algorithm: Dao et al. 2022, arXiv:2205.14135; overlaps: Shah et al. 2024, arXiv:2407.08608; online softmax: Milakov &
 // Gimelshein 2018, arXiv:1805.02867.

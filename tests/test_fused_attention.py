@@ -456,6 +456,19 @@ def test_scores_a_hundred_times_larger(kernel, mask):
 
 
 @gpu
+@pytest.mark.parametrize("rise", [0.5, 3.0, 30.0])  # of scores, from one block of 128 keys to the next
+def test_scores_that_rise_by_a_little_and_by_much(kernel, rise):
+    batch = make([900], C=kernel.C)
+    batch.q[:, :, 0] = 1.0
+    steps = torch.arange(900, 0, -1, device=DEVICE) // 128  # blocks are seen from the last one on
+    batch.k[:, :, 0] = (steps * rise * kernel.C**0.5)[:, None]
+    for causal in (False, True):
+        results, exact = (f(batch, causal=causal) for f in (partial(run, kernel), partial(by_torch, torch.float32)))
+        assert (results.out - exact.out).abs().max() <= 2**-7 * batch.v.abs().max()
+        torch.testing.assert_close(results.lse, exact.lse, rtol=1e-5, atol=1e-3)
+
+
+@gpu
 @some_masks
 def test_equal_keys_give_the_mean_of_the_values_that_are_seen(kernel, mask):
     batch = make([300, 64, 513], C=kernel.C)
