@@ -215,23 +215,25 @@ class Checkpointer:
         for name, (get_state, _) in self._generators().items():
             state = get_state()
             pieces[name] = Piece(state, *part_of(state))
-        with self.lane.beside():
-            copies = {name: replace(p, values=self._copy(name, p.values)) for name, p in pieces.items()}
-        self.mark = self.lane.mark()
+        if not self.opt.host:
+            with self.lane.beside():
+                pieces = {name: replace(p, values=self._copy(name, p.values)) for name, p in pieces.items()}
+            self.mark = self.lane.mark()
         data = self.data.state() if hasattr(self.data, "load_state") else None
         about = {"step": step, "data": data, **self.about}
         loss = validation_loss if self.cfg.keep_best else None
-        self.running = self.thread.submit(self._save, about, loss, copies, self.mark)
+        self.running = self.thread.submit(self._save, about, loss, pieces, self.mark)
 
     def before_step(self) -> None:
         """Weights are about to change: on the device this waits for the copy. Raises the error of a save that ended,
         unless checkpoint.on_failure is go_on.
 
+        Of offloaded states there is no copy, for which the host may have no room: this waits until they are written.
         Once the optimizer has state, memory for copies is made: pinning takes seconds, which the first save need not.
         """
-        if self.running and self.running.done():
+        if self.running and (self.opt.host or self.running.done()):
             self._settle()
-        elif self.cfg.every > 0 and self.opt.optimizer.state and not self.running and not self.host:
+        elif self.cfg.every > 0 and self.opt.optimizer.state and not (self.running or self.host or self.opt.host):
             self.running = self.thread.submit(self._make_room, {n: p.values for n, p in self.opt.pieces().items()})
         self.lane.wait(self.mark)
 

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from random import Random
 
@@ -18,9 +19,11 @@ from conftest import TINY, read_metrics, tiny_run, write_corpus
 
 from minitrain import PackedData, Qwen3Config, Qwen3MoeConfig, UserError, build_model, train
 from minitrain.boxes import whole_box
+from minitrain.checkpoint import Checkpointer
 from minitrain.config import to_toml
 from minitrain.models import init_weights
 from minitrain.parallel.mesh import Mesh
+from minitrain.parallel.zero import ShardedOptimizer
 from minitrain.pieces import Piece, Saved, write_manifest, write_pieces
 
 ROOT = Path(__file__).parents[1]
@@ -452,6 +455,23 @@ def test_a_run_goes_on_with_the_same_tokens_or_not_at_all(corpus, tmp_path, sett
     changed = {"seed": 5, "rows_per_step": 2, "tokens_per_row": 128, "max_seqlen": 16}[setting]
     with pytest.raises(UserError, match=f"not the corpus and order that this run began with: .*{setting} was"):
         train(tiny_run(corpus, tmp_path / "run", train={"steps": 4}, data={setting: changed}))
+
+
+def test_offloaded_states_are_written_as_they_lie_before_the_next_step(corpus, tmp_path, monkeypatch):
+    events, step = [], ShardedOptimizer.step
+
+    def write(*args):
+        time.sleep(0.1)
+        written = write_pieces(*args)
+        events.append("written")
+        return written
+
+    monkeypatch.setattr("minitrain.checkpoint.write_pieces", write)
+    monkeypatch.setattr(ShardedOptimizer, "step", lambda self, lr: events.append("step") or step(self, lr))
+    monkeypatch.setattr(Checkpointer, "_make_room", None)
+    sections = {"train": {"steps": 3}, "checkpoint": {"every": 1}, "parallel": {"offload": "optimizer"}}
+    train(tiny_run(corpus, tmp_path / "run", **sections))
+    assert events == ["step", "written"] * 3
 
 
 def test_resume_false_refuses_a_run_without_checkpoints_too(corpus, tmp_path):

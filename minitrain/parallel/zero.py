@@ -60,6 +60,8 @@ class MasterOptimizer:
     looks before each step.
     """
 
+    host: HostState | None = None  # of offloaded masters and states
+
     def __init__(self, model: nn.Module, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]):
         self.params = dict(model.named_parameters())
         self.masters = {name: _master(p) for name, p in self.params.items()}  # a frozen parameter is its own
@@ -253,15 +255,14 @@ class ShardedOptimizer(MasterOptimizer):
         self.flats, self.shards = {}, {}  # what the model computes with, and this rank's part of it
         self.masters, windows, memory, offloaded = {}, {}, HostMemory(mesh.device), on_host(self.units, cfg)
         for key, unit in self.units.items():
-            is_cut, device = cfg.zero == 3 and key in shared, next(iter(unit.params.values())).device
-            numel, group = unit.shard_numel if is_cut else unit.numel, unit.shard if key in shared else Group()
-            windows[key] = window = Window(numel, unit.dtype, device, group)
-            flat = torch.empty(unit.numel, dtype=unit.dtype, device=device) if is_cut else window.flat
+            is_cut, group = cfg.zero == 3 and key in shared, unit.shard if key in shared else Group()
+            window = Window(unit.shard_numel if is_cut else unit.numel, unit.dtype, mesh.device, group)
+            flat = torch.empty(unit.numel, dtype=unit.dtype, device=mesh.device) if is_cut else window.flat
             _fill_flat(flat, unit, fill)
             self.masters |= self._make_masters(unit)
             if key in offloaded:
                 memory.take([self.masters[name] for name in self._names(key)])
-            self.flats[key], self.shards[key] = flat, shard_of(flat, unit.shard)
+            windows[key], self.flats[key], self.shards[key] = window, flat, shard_of(flat, unit.shard)
             if is_cut:  # one unit is whole at a time
                 self.shards[key] = window.flat.copy_(self.shards[key])
                 flat.untyped_storage().resize_(0)
