@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 from random import Random
 
@@ -458,16 +458,22 @@ def test_a_run_goes_on_with_the_same_tokens_or_not_at_all(corpus, tmp_path, sett
 
 
 def test_offloaded_states_are_written_as_they_lie_before_the_next_step(corpus, tmp_path, monkeypatch):
-    events, step = [], ShardedOptimizer.step
+    events, begun, step = [], threading.Event(), ShardedOptimizer.step
 
     def write(*args):
-        time.sleep(0.5)
+        begun.clear()
+        begun.wait(1)  # the next step would begin now
         written = write_pieces(*args)
         events.append("written")
         return written
 
+    def note_and_step(opt, lr):
+        events.append("step")
+        begun.set()
+        step(opt, lr)
+
     monkeypatch.setattr("minitrain.checkpoint.write_pieces", write)
-    monkeypatch.setattr(ShardedOptimizer, "step", lambda self, lr: events.append("step") or step(self, lr))
+    monkeypatch.setattr(ShardedOptimizer, "step", note_and_step)
     monkeypatch.setattr(Checkpointer, "_make_room", None)
     sections = {"train": {"steps": 2}, "checkpoint": {"every": 1}, "parallel": {"offload": "optimizer"}}
     train(tiny_run(corpus, tmp_path / "run", **sections))
