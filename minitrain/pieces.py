@@ -257,6 +257,9 @@ def _check(manifest: dict) -> None:
     for key, kind in {"step": int, "config": dict, "dtype": str, "optimizer": str, "versions": dict}.items():
         if type(manifest[key]) is not kind:
             raise ValueError(f"{key} is {manifest[key]!r}")
+    for section in ("model", "data", "optim", "train"):
+        if type(manifest["config"].get(section, {})) is not dict:
+            raise ValueError(f"config.{section} is {manifest['config'][section]!r}")
     if not isinstance(manifest["data"], dict | None):
         raise ValueError(f"data is {manifest['data']!r}")
     best = manifest.get("best") or {"step": 0, "loss": 0.0}

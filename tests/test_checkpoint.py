@@ -325,6 +325,7 @@ def first_piece(manifest):
         (lambda m: m["data"].update(step=None), "what the checkpoint holds is no place in the data"),
         (lambda m: m["data"]["place"].update(pieces=["4"]), "what the checkpoint holds is no place in the data"),
         (lambda m: m.update(tensors=3), "manifest.json: not a manifest"),
+        (lambda m: m["config"].update(train=3), r"manifest.json: not a manifest of a checkpoint: config\.train is 3"),
         (lambda m: m["files"].update({"rank-00000.safetensors": 3}), "manifest.json: not a manifest"),
     ],
 )
