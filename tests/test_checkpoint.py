@@ -458,6 +458,7 @@ def test_a_run_goes_on_with_the_same_tokens_or_not_at_all(corpus, tmp_path, sett
         train(tiny_run(corpus, tmp_path / "run", train={"steps": 4}, data={setting: changed}))
 
 
+@pytest.mark.slow
 def test_offloaded_states_are_written_as_they_lie_before_the_next_step(corpus, tmp_path, monkeypatch):
     events, begun, step = [], threading.Event(), ShardedOptimizer.step
 

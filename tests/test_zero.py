@@ -224,6 +224,7 @@ def compare_on_two_hosts(cases, path):
         assert not init_mesh("cpu", ParallelConfig(3)).group("data").is_on_one_host
 
 
+@pytest.mark.slow
 def test_ranks_of_two_hosts_equal_one_process(tmp_path):
     case = Case("tied", 8)
     write_expected(tmp_path / "one-process", [case])
@@ -337,6 +338,7 @@ def compare_shares():
         assert 0 < counts[0] < counts[1] < counts[2]
 
 
+@pytest.mark.slow
 def test_a_step_is_the_same_bit_for_bit_whatever_share_is_offloaded():
     spawn(2, compare_shares)
 
