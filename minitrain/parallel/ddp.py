@@ -40,10 +40,10 @@ class Unit:
         self.params, self.shard, self.replica, self.ends = params, shard, replica, ends
         self.starts, self.gaps, end = {}, [], 0  # gaps: first .. last + 1 of elements that belong to no parameter
         for name, p in params.items():
-            start = _round_up(end, _ALIGN)
+            start = round_up(end, _ALIGN)
             self.gaps.append((end, start))
             self.starts[name], end = start, start + p.numel()
-        self.numel = _round_up(end, shard.size * _ALIGN)
+        self.numel = round_up(end, shard.size * _ALIGN)
         self.gaps.append((end, self.numel))
         self.shard_numel = self.numel // shard.size
 
@@ -166,7 +166,7 @@ class Gradients:
         self.own: dict[str, Tensor] = {}  # of the parameters of local units
         self.keeps_shard = {key for key, unit in units.items() if zero >= 2 and unit.shard.size > 1}
         self.is_last, self.done, self.got = False, set(), set()  # units summed in this row; names with a gradient
-        self.held = set()  # names whose gradient is in `into`; units of which `flat` has the sum of a row
+        self.held = set()  # names whose gradient is in `rows` or `flat`; units of which `flat` has the sum of a row
         self.dtype = torch.promote_types(next(iter(units.values())).dtype, torch.float32)  # of sums
         self.reduce_dtype = reduce_dtype if reduce_dtype == torch.bfloat16 else self.dtype
         zeros = functools.partial(torch.zeros, dtype=self.dtype, device=mesh.device)
@@ -331,5 +331,5 @@ class _Pool:
         self.free.append((window, self.lane.mark()))
 
 
-def _round_up(n: int, unit: int) -> int:
+def round_up(n: int, unit: int) -> int:
     return math.ceil(n / unit) * unit

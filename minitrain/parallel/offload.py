@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from minitrain.config import ParallelConfig
 from minitrain.parallel.comm import Lane
-from minitrain.parallel.ddp import Unit
+from minitrain.parallel.ddp import Unit, round_up
 from minitrain.storage import THREADS
 
 _ALIGN = 64  # bytes, of a tensor in a block
@@ -53,7 +53,7 @@ class HostMemory:
 
     def like(self, tensors: list[Tensor]) -> list[Tensor]:
         """Of the same shapes and dtypes, with any values, in one block."""
-        ends = list(itertools.accumulate(_round_up(t.nbytes, _ALIGN) for t in tensors))
+        ends = list(itertools.accumulate(round_up(t.nbytes, _ALIGN) for t in tensors))
         block = self._block(ends[-1]) if ends else None
         starts = [0, *ends][:-1]
         return [block[i:][: t.nbytes].view(t.dtype).view(t.shape) for i, t in zip(starts, tensors, strict=True)]
@@ -170,7 +170,3 @@ class HostState:
             t.record_stream(torch.cuda.default_stream(self.device))
             t.record_stream(self.back.stream)
         return t
-
-
-def _round_up(n: int, unit: int) -> int:
-    return -(-n // unit) * unit
