@@ -171,8 +171,9 @@ class ParallelConfig:
     """Seconds that a rank waits for the others, at the start and in each step, before the run ends."""
     pp: int = 1
     """Stages among which the layers are dealt (pipeline parallel); rows of a step follow each other through them."""
-    pp_schedule: Literal["1f1b", "gpipe"] = "1f1b"
-    """1f1b: a row's backward as soon as it can be, so that few rows are under way; gpipe: after all forwards."""
+    pp_schedule: Literal["1f1b", "gpipe", "zb-h1"] = "1f1b"
+    """1f1b: a row's backward as soon as it can be, so that few rows are under way; gpipe: after all forwards; zb-h1: as
+    1f1b, with the gradients of weights made later, where a stage would wait."""
     pp_parts: int = 1
     """Parts of a stage, from as many places (interleaved 1F1B): with more of them stages wait less, and send more."""
     tp: int = 1

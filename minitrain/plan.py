@@ -37,7 +37,7 @@ class Memory:
     gradients: int  # fp32; of one row a step as they come: in reduce_dtype, or of units that no other rank has, in ours
     states: int  # master weights and AdamW's two moments, as far as they stay on the device
     passing: int  # and those that come for the step, when the activations are gone
-    activations: int  # of one row, or of those that are under way in a pipeline
+    activations: int  # of one row, or of those under way in a pipeline, and what waits for gradients of weights
     loss: int  # logits of a piece, gradients of hidden states and head
     block: int  # what the backward of one block makes for itself, when the loss is done
     buffers: int  # gathered weights, gradients on their way
@@ -87,7 +87,6 @@ def _of_stage(cfg: Config, ranks: int, stage: Group) -> Memory:
     state = 2 * (_WIDE if cfg.optim.moments == "float32" else 2) + (_WIDE if is_flat or width < _WIDE else 0)
     rows = max(1, cfg.data.rows_per_step // mesh.dp_size)
     actions = schedule(parallel.pp_schedule, stage.rank, stage.size, rows, parallel.pp_parts)
-    under_way = max(itertools.accumulate(1 if action == "forward" else -1 for action, *_ in actions))
     local = {key for key, unit in units.items() if is_local(unit)}
     of_local = sum(p.numel() for key in local for p in units[key].params.values())
     as_it_comes = 2 if rows == 1 and parallel.reduce_dtype == "bfloat16" else _WIDE
@@ -99,12 +98,15 @@ def _of_stage(cfg: Config, ranks: int, stage: Group) -> Memory:
             flat += _WIDE * unit.numel
     gradients = flat + of_local * (_WIDE if rows > 1 else width)
     whole_block, kept = (width * _kept_by_block(cfg, model, recompute) for recompute in ("none", cfg.train.recompute))
+    deferred = width * _deferred_by_block(cfg) if parallel.pp_schedule == "zb-h1" else 0
+    changes = {"forward": kept, "backward": deferred - kept, "weights": -deferred}
+    of_rows = max(itertools.accumulate(changes[action] for action, *_ in actions))
     return Memory(
         weights=width * (shard if parallel.zero == 3 else whole),
         gradients=gradients,
         states=state * (shard - sum(away)),
         passing=state * passing,
-        activations=under_way * len(model.layers) // parallel.pp_parts * kept,
+        activations=of_rows * len(model.layers) // parallel.pp_parts,
         loss=_loss_bytes(model.lm_head.weight, _tokens(cfg), width) if model.lm_head is not None else 0,
         block=2 * whole_block - kept,
         buffers=_buffers(units, parallel, width),
@@ -134,7 +136,8 @@ def _buffers(units: dict[str, Unit], parallel: ParallelConfig, width: int) -> in
     if parallel.zero < 2:
         return 0
     shared = {key: unit for key, unit in units.items() if unit.shard.size > 1}
-    rows = sum(numel * count for (numel, _), count in row_buffers(shared).items())
+    buffers = row_buffers(shared, parallel.pp_schedule == "zb-h1")
+    rows = sum(numel * count for (numel, _), count in buffers.items())
     rows = width * (rows + max((unit.numel for unit in shared.values()), default=0))  # and what comes of other ranks
     if parallel.zero == 2:
         return rows
@@ -159,13 +162,25 @@ def _keys(cfg: Config) -> int:
     return T if cp == 1 else max(sum(end - begin for begin, _, end in runs_of(of, ends)) for of in assign(ends, cp))
 
 
+def _widths(cfg: Config) -> tuple[int, int, int, int, int]:
+    """Of a token in a block, of this rank: D, queries, keys, the feed-forward's inside, copies for experts."""
+    sizes, tp = cfg.model, cfg.parallel.tp
+    C, experts = sizes.head_dim, getattr(sizes, "num_experts_per_tok", 0)
+    q, kv = sizes.num_attention_heads * C // tp, sizes.num_key_value_heads * C // min(tp, sizes.num_key_value_heads)
+    inner = (experts * sizes.moe_intermediate_size if experts else sizes.intermediate_size) // tp
+    return sizes.hidden_size, q, kv, inner, experts
+
+
+def _deferred_by_block(cfg: Config) -> int:
+    """Elements of a row between its backward and the gradients of its weights: a Linear's input and output, each."""
+    D, q, kv, inner, experts = _widths(cfg)
+    return _tokens(cfg) * (2 * D + 2 * q + 2 * kv + (0 if experts else 2 * D + 3 * inner))
+
+
 def _kept_by_block(cfg: Config, model: nn.Module, recompute: str) -> int:
     """Elements of a row."""
-    sizes, tp, T = cfg.model, cfg.parallel.tp, _tokens(cfg)
-    D, C = sizes.hidden_size, sizes.head_dim
-    q, kv = sizes.num_attention_heads * C // tp, sizes.num_key_value_heads * C // min(tp, sizes.num_key_value_heads)
-    experts = getattr(sizes, "num_experts_per_tok", 0)  # each has a copy of the token
-    inner = (experts * sizes.moe_intermediate_size if experts else sizes.intermediate_size) // tp
+    D, q, kv, inner, experts = _widths(cfg)
+    tp, T = cfg.parallel.tp, _tokens(cfg)
     stream = T * D // tp
     if recompute == "full":
         return stream

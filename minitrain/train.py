@@ -160,7 +160,8 @@ def forward_backward(
 
     On several ranks each has its own rows; loss and extras are those of all. backward(model or its part, is the row the
     last) is a context for a row's backward, in which gradients are summed over the ranks. In a pipeline a row's forward
-    and backward lie apart; without one they follow each other.
+    and backward lie apart, and gradients of weights may be made later still (model.deferred, for which backward is
+    called again); without one they follow each other.
     """
     parts = parts_of(model)
     sums, rows = {"": 0.0}, {}  # the loss and extras; rows between their forward and backward
@@ -178,9 +179,12 @@ def forward_backward(
                 for name, value in named.items():
                     sums[name] = sums.get(name, 0.0) + torch.as_tensor(value, device=y.device).detach() * scale
             rows[i, part] = x_TD, y
-        else:
+        elif action == "backward":
             with backward(parts[part], i == len(batches) - 1):
                 link.backward(*rows.pop((i, part)))
+        else:
+            with backward(model.deferred, i == len(batches) - 1):
+                model.deferred.run()
     for part in parts:
         link_of(part).finish()
     link = link_of(parts[-1])

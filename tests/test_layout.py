@@ -21,8 +21,8 @@ FLOORS = [
     {
         "left": {"models", "models.layers", "models.llama", "models.qwen3", "models.qwen3_moe",
                  "loss", "optim", "data", "chat", "metrics"},
-        "right": {"parallel.cp", "parallel.cut", "parallel.ddp", "parallel.ep", "parallel.gather", "parallel.offload",
-                  "parallel.owners", "parallel.pp", "parallel.tp", "parallel.zero"},
+        "right": {"parallel.cp", "parallel.cut", "parallel.ddp", "parallel.deferred", "parallel.ep", "parallel.gather",
+                  "parallel.offload", "parallel.owners", "parallel.pp", "parallel.tp", "parallel.zero"},
     },
     {"checkpoint", "hf", "parallel"},
     {"validate", "generate", "plan"},
@@ -35,11 +35,12 @@ LEFT, RIGHT = FLOORS[COLUMNS].values()
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in (LEFT | RIGHT if i == COLUMNS else floor)}
 
 BENEATH = {
+    "parallel.deferred": {"parallel.ddp"},
     "parallel.gather": {"parallel.ddp"},
     "parallel.offload": {"parallel.ddp"},
     "parallel.owners": {"parallel.ddp"},
     "parallel.ep": {"parallel.cut"},
-    "parallel.pp": {"parallel.ddp"},
+    "parallel.pp": {"parallel.ddp", "parallel.deferred"},
     "parallel.tp": {"parallel.cut"},
     "parallel.zero": {"parallel.ddp", "parallel.gather", "parallel.offload", "parallel.owners"},
 }

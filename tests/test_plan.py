@@ -7,13 +7,15 @@ import torch
 import torch.distributed as dist
 from conftest import TINY, spawn, tiny_run
 
-from minitrain import Qwen3Config, Qwen3MoeConfig, build_model
+from minitrain import Batch, Qwen3Config, Qwen3MoeConfig, build_model
 from minitrain.config import ParallelConfig, UserError, load_config
 from minitrain.hf import default_config
+from minitrain.loss import cross_entropy
 from minitrain.parallel import parallelize
 from minitrain.parallel.mesh import init_mesh
 from minitrain.parallel.zero import shard_optimizer
 from minitrain.plan import predict_memory
+from minitrain.train import forward_backward
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MEASURED = [  # GiB at peak on one GPU: benchmarks/2026-11-25-one-gpu.md
@@ -92,6 +94,26 @@ def test_what_ranks_allocate_of_cut_tensors_is_counted_exactly():
     spawn(4, compare_with_what_is_there, 4, moe, [ParallelConfig(**sizes) for sizes in layouts])
 
 
+def count_buffers():
+    cfg = tiny_run("", "", Qwen3Config(**TINY | {"num_hidden_layers": 6}), data={"rows_per_step": 6})
+    cfg.parallel, cfg.train.dtype = ParallelConfig(2, pp=2, pp_schedule="zb-h1"), "float32"
+    mesh = init_mesh("cpu", cfg.parallel, cfg.model)
+    model = parallelize(build_model(cfg.model, "cpu"), mesh, cfg.train)
+    opt = shard_optimizer(model, torch.optim.Adam, mesh, cfg.parallel)
+    pools = opt.gradients.pools.values()
+    made = [len(pool.free) for pool in pools]
+    forward_backward(model, [Batch.pack([torch.arange(20)]) for _ in range(3)], cross_entropy, 1.0, mesh, opt.backward)
+    assert [len(pool.free) for pool in pools] == made
+    sent = nbytes(window.flat for pool in pools for window, _ in pool.free)
+    held = [None] * 4
+    dist.all_gather_object(held, sent + 4 * max(opt.units[key].numel for key in opt.gradients.keeps_shard))
+    assert predict_memory(cfg, 4).buffers in held
+
+
+def test_where_gradients_of_weights_wait_each_block_has_a_buffer_for_its_others():
+    spawn(4, count_buffers)
+
+
 def test_a_layout_that_cannot_be_is_refused():
     cfg = load_config(CONFIGS / "qwen3_8b.toml", ["--parallel.tp=4"], default_config)
     with pytest.raises(UserError, match=r"pp \* tp \* cp = 4 does not divide WORLD_SIZE=2"):
@@ -128,6 +150,10 @@ def test_of_stages_the_one_that_takes_most_counts():
     one = predict_memory(cfg, 4)
     cfg.parallel.pp_schedule = "gpipe"
     assert predict_memory(cfg, 4).activations > 3 * one.activations  # 16 rows are under way, not 4
+    cfg.parallel.pp_schedule, cfg.train.recompute = "zb-h1", "none"
+    deferred = predict_memory(cfg, 4).activations  # a row takes about as much while its gradients of weights wait
+    cfg.parallel.pp_schedule = "1f1b"
+    assert deferred == pytest.approx(predict_memory(cfg, 4).activations, rel=0.05)
 
 
 def test_experts_that_are_shared_out_are_counted_where_they_are():

@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import TINY, read_metrics, spawn, tiny_run, write_corpus
 from safetensors.torch import load_file
-from test_axes import MODELS, check, errors, model_of, write_expected
+from test_axes import MODELS, assert_alike, check, compile_with, errors, model_of, write_expected
 from test_convert import contents, convert, newest
 from test_hacks import z_loss
 from test_validate import validation_rows
@@ -21,19 +22,22 @@ from minitrain.models import build_model, init_weights, materialize
 from minitrain.parallel import parallelize, pp
 from minitrain.parallel.comm import Group
 from minitrain.parallel.ddp import on_gradient
+from minitrain.parallel.deferred import Deferred
 from minitrain.parallel.layout import objections
-from minitrain.parallel.mesh import Mesh, init_mesh
+from minitrain.parallel.mesh import ALONE, Mesh, init_mesh
 from minitrain.parallel.pp import schedule, share_blocks
 
-SCHEDULES = ("1f1b", "gpipe")
+SCHEDULES = ("1f1b", "gpipe", "zb-h1")
 
 
 # ---- schedules
 
 
-def simulate(kind, stages, rows, parts=1, forward=1, backward=2):
+def simulate(kind, stages, rows, parts=1, **times):
     """Every stage does its actions in order, each as soon as what it needs is there. -> (time of all, the most rows
-    under way on each stage); AssertionError if they wait for each other."""
+    under way on each stage, to the end of what is done for them); AssertionError if they wait for each other."""
+    times = times or {"forward": 1, "backward": 1 if kind == "zb-h1" else 2, "weights": 1}
+    last = "weights" if kind == "zb-h1" else "backward"
     plans = [schedule(kind, stage, stages, rows, parts) for stage in range(stages)]
     at, clocks, ended, most = [0] * stages, [0] * stages, {}, [0] * stages
     while any(at[stage] < len(plan) for stage, plan in enumerate(plans)):
@@ -42,29 +46,46 @@ def simulate(kind, stages, rows, parts=1, forward=1, backward=2):
             while at[stage] < len(plan):
                 action, row, part = plan[at[stage]]
                 place = part * stages + stage
-                neighbour = place - 1 if action == "forward" else place + 1
+                neighbour = {"forward": place - 1, "backward": place + 1}.get(action, -1)
                 needs = [(neighbour, action, row)] if 0 <= neighbour < stages * parts else []
                 needs += [(place, "forward", row)] if action == "backward" else []
+                needs += [(place, "backward", row)] if action == "weights" else []
                 if not all(need in ended for need in needs):
                     break
                 begin = max([clocks[stage], *(ended[need] for need in needs)])
-                clocks[stage] = begin + (forward if action == "forward" else backward)
+                clocks[stage] = begin + times[action]
                 ended[place, action, row] = clocks[stage]
                 at[stage] += 1
-                under_way = sum(1 if done == "forward" else -1 for done, *_ in plan[: at[stage]])
+                under_way = sum((done == "forward") - (done == last) for done, *_ in plan[: at[stage]])
                 most[stage] = max(most[stage], under_way)
                 moved = True
         assert moved, "the stages wait for each other"
     return max(clocks), most
 
 
-@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("kind", ["1f1b", "gpipe"])
 @pytest.mark.parametrize("stages", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 20])
 def test_a_schedule_ends_after_the_bubble_that_it_must_have(kind, stages, rows):
     time, most = simulate(kind, stages, rows)
     assert time == (rows + stages - 1) * 3
     assert most == [rows if kind == "gpipe" else min(rows, stages - stage) for stage in range(stages)]
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 20])
+def test_gradients_of_weights_fill_the_bubble_and_no_more_rows_are_under_way(stages, rows):
+    time, most = simulate("zb-h1", stages, rows)
+    assert time == rows * 3 + max(stages - 1, 2 * (stages - 1) - (rows - 1))  # 1f1b: 3 * (stages - 1)
+    assert most == [min(rows, stages)] * stages  # of 1f1b the first stage's
+    for stage in range(stages):
+        actions = schedule("zb-h1", stage, stages, rows)
+        for kind in ("forward", "backward", "weights"):
+            assert [row for action, row, _ in actions if action == kind] == list(range(rows))
+        assert [action for action in actions if action[0] != "weights"] == schedule("1f1b", stage, stages, rows)
+    if rows >= stages:  # where a forward, a backward and its weights take different times
+        time, _ = simulate("zb-h1", stages, rows, forward=10, backward=12, weights=9)
+        assert time == rows * 31 + (stages - 1) * (10 + 12 - 9)
 
 
 @pytest.mark.parametrize("stages", [2, 3, 4, 8])
@@ -76,7 +97,7 @@ def test_with_parts_stages_wait_for_less_by_their_number(stages, parts, rows):
     assert max(most) <= stages * 2 + (parts - 1) * (2 * stages - 1)
 
 
-@pytest.mark.parametrize("kind, parts", [("gpipe", 1), ("1f1b", 1), ("1f1b", 3)])
+@pytest.mark.parametrize("kind, parts", [("gpipe", 1), ("1f1b", 1), ("zb-h1", 1), ("1f1b", 3)])
 def test_messages_arrive_in_the_order_in_which_they_are_taken(kind, parts):
     """And the last row's backward is the last one through each part, on which Gradients relies."""
     plans = [schedule(kind, stage, 4, 11, parts) for stage in range(4)]
@@ -134,18 +155,19 @@ def test_a_block_has_all_its_gradients_before_its_input_has_one_also_where_a_sta
 
 
 def test_two_stages_equal_one_process(tmp_path):
-    check(2, [ParallelConfig(pp=2), ParallelConfig(pp=2, pp_parts=2, zero=3)], tmp_path, num_rows=3)
+    layouts = [{}, {"pp_schedule": "zb-h1"}, {"pp_parts": 2, "zero": 3}]
+    check(2, [ParallelConfig(pp=2, **settings) for settings in layouts], tmp_path, num_rows=3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SCHEDULES)
-@pytest.mark.parametrize("rows", [1, 2, 8])
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 8])
 def test_two_stages_equal_one_process_for_any_number_of_rows(kind, rows, tmp_path):
     check(2, [ParallelConfig(pp=2, pp_schedule=kind)], tmp_path, num_rows=rows)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks, rows", [(3, 1), (3, 5), (4, 1), (4, 6)])
+@pytest.mark.parametrize("ranks, rows", [(3, 1), (3, 2), (3, 3), (3, 5), (4, 1), (4, 4), (4, 6)])
 def test_more_stages_equal_one_process(ranks, rows, tmp_path):
     check(ranks, [ParallelConfig(pp=ranks, pp_schedule=kind) for kind in SCHEDULES], tmp_path, num_rows=rows)
 
@@ -163,14 +185,16 @@ def test_stages_of_parts_and_another_axis_equal_one_process(tmp_path):
 
 
 @pytest.mark.slow
-def test_stages_and_another_axis_equal_one_process(tmp_path):
+@pytest.mark.parametrize("kind", ["1f1b", "zb-h1"])
+def test_stages_and_another_axis_equal_one_process(kind, tmp_path):
     layouts = [{}, {"tp": 2}, {"cp": 2}, {"ep": 2}, {"zero": 1}, {"zero": 2}, {"tp": 2, "zero": 2}]
-    check(4, [ParallelConfig(pp=2, **sizes) for sizes in layouts], tmp_path)
+    check(4, [ParallelConfig(pp=2, pp_schedule=kind, **sizes) for sizes in layouts], tmp_path)
 
 
 @pytest.mark.slow
-def test_recomputed_blocks_of_stages_repeat_their_collectives(tmp_path):
-    layouts = [ParallelConfig(pp=2, tp=2), ParallelConfig(pp=2, ep=2)]
+@pytest.mark.parametrize("kind", ["1f1b", "zb-h1"])
+def test_recomputed_blocks_of_stages_repeat_their_collectives(kind, tmp_path):
+    layouts = [ParallelConfig(pp=2, pp_schedule=kind, tp=2), ParallelConfig(pp=2, pp_schedule=kind, ep=2)]
     check(4, layouts, tmp_path, TrainConfig(recompute="full"))
 
 
@@ -187,6 +211,41 @@ def test_all_axes_together_equal_one_process(tmp_path):
     check(16, [ParallelConfig(pp=2, cp=2, tp=2, ep=2)], tmp_path)
 
 
+# ---- gradients of weights that are made later
+
+
+def traceable_attention(q_THC, k_SKC, v_SKC, *_):
+    q_HTC, k_HSC, v_HSC = (x.repeat_interleave(4 // x.shape[1], 1).transpose(0, 1) for x in (q_THC, k_SKC, v_SKC))
+    return ((q_HTC @ k_HSC.transpose(1, 2)).softmax(-1) @ v_HSC).transpose(0, 1)
+
+
+@pytest.mark.parametrize("compiled", ["off", pytest.param("on", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("recompute", ["none", "cheap", "block", "full"])
+def test_a_row_has_its_gradients_of_weights_when_they_are_asked_for(recompute, compiled):
+    rows = [mt.Batch.pack([(torch.arange(20) * i) % 101]) for i in (1, 2, 3)]
+    train, grads, graphs = TrainConfig(recompute=recompute, compile=compiled), {}, torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    for is_deferred in (False, True):
+        model = compile_with(ALONE, mt.LlamaConfig(**TINY, attention_bias=True), train, backend="aot_eager")
+        for block in model.layers.values():
+            block.self_attn.attention = traceable_attention
+        deferred = Deferred(model) if is_deferred else None
+        losses = [model(row).sin().sum() for row in rows]
+        for done, loss in enumerate(losses):
+            loss.backward()
+            if is_deferred and done:
+                deferred.run()
+        linears = [module.weight for module in model.layers.modules() if isinstance(module, nn.Linear)]
+        before = [p.grad.clone() for p in linears]
+        if is_deferred:
+            deferred.run()
+            assert not any(p.grad.equal(of_two) for p, of_two in zip(linears, before, strict=True))
+            assert not deferred.rows
+        grads[is_deferred] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert graphs.pop("unique_graphs", 0) == (compiled == "on")  # of which all blocks make use
+    assert_alike(grads[True], grads[False], 1e-5, recompute)
+
+
 # ---- each part of it is needed
 
 
@@ -201,6 +260,26 @@ def compare_with_mistakes(folder):
         found = errors(name, pp, folder, steps=1, spoil_mesh=spoil)
         assert found[wrong] > 1e-5, (name, group)
         assert group == "ends" or all(value < 1e-11 for key, value in found.items() if key != wrong)
+
+
+def forget_weights(deferred):
+    """In the place of Deferred.run."""
+    for key in reversed(deferred.rows.popleft()):
+        deferred.then[key]()
+
+
+def compare_without_weights(folder):
+    layout = ParallelConfig(pp=2, pp_schedule="zb-h1")
+    with mock.patch.object(Deferred, "run", forget_weights):
+        found = errors("llama", layout, folder, steps=1)
+    wrong = {key for key, value in found.items() if value > 1e-5}
+    of_blocks = {key for key in found if key.startswith("gradient layers.") and key.endswith("_proj.weight")}
+    assert wrong == of_blocks | {"norm"}
+
+
+def test_gradients_of_weights_come_in_actions_of_their_own_and_no_others(tmp_path):
+    write_expected(tmp_path / "one", [("llama", ParallelConfig(pp=2))])
+    spawn(2, compare_without_weights, tmp_path / "one")
 
 
 def test_the_sums_over_stages_are_needed(tmp_path):
@@ -225,7 +304,7 @@ def test_a_run_goes_on_with_other_stages_validates_and_is_converted(tmp_path):
         )  # fmt: skip
 
     mt.train(config("alone", 6))
-    spawn(2, mt.train, config("moved", 2, pp=2))
+    spawn(2, mt.train, config("moved", 2, pp=2, pp_schedule="zb-h1"))
     mt.train(config("moved", 4))
     spawn(2, mt.train, config("moved", 6, pp=2, pp_parts=2, zero=1))
     for read, keys in ((read_metrics, ("loss", "grad_norm")), (validation_rows, ("loss", "perplexity"))):
@@ -247,8 +326,10 @@ def train_half(cfg):
     mt.train(cfg, model=model)
 
 
-@pytest.mark.parametrize("zero", [0, 3])
-def test_a_first_part_may_be_frozen(zero, corpus, tmp_path):
+@pytest.mark.parametrize(
+    "parallel", [{"pp_parts": 2}, {"pp_parts": 2, "zero": 3}, {"pp_schedule": "zb-h1", "zero": 3}], ids=str
+)
+def test_a_first_part_may_be_frozen(parallel, corpus, tmp_path):
     def config(name, **parallel):
         model = mt.Qwen3Config(**TINY | {"num_hidden_layers": 5})
         checkpoint = {"every": 0, "export": False}
@@ -258,7 +339,7 @@ def test_a_first_part_may_be_frozen(zero, corpus, tmp_path):
         )
 
     train_half(config("alone"))
-    spawn(2, train_half, config("parts", pp=2, pp_parts=2, zero=zero))
+    spawn(2, train_half, config("parts", pp=2, **parallel))
     for row, of_one in zip(*(read_metrics(tmp_path / name) for name in ("parts", "alone")), strict=True):
         assert [row[key] for key in ("loss", "grad_norm")] == pytest.approx([of_one["loss"], of_one["grad_norm"]], 1e-4)
 
@@ -300,6 +381,7 @@ def test_more_stages_than_layers_are_refused():
     too_many, without = ParallelConfig(pp=2, pp_parts=2), ParallelConfig(pp_parts=2)
     assert objections(too_many, 2, MODELS["tied"]) == ["parallel.pp * pp_parts=4 is more than num_hidden_layers=2"]
     assert objections(without, 1, MODELS["tied"]) == ['parallel.pp_parts=2 needs several stages and pp_schedule="1f1b"']
+    assert objections(ParallelConfig(pp_schedule="zb-h1"), 1) == ['parallel.pp_schedule="zb-h1" needs several stages']
 
 
 def look_at_extras_and_ends(cfg):

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Collection
 
 import torch
@@ -133,13 +134,15 @@ def is_local(unit: Unit) -> bool:
     return unit.shard.size == unit.replica.size == unit.ends.size == 1
 
 
-def row_buffers(units: dict[str, Unit]) -> dict[tuple[int, Group], int]:
+def row_buffers(units: dict[str, Unit], is_deferred: bool) -> dict[tuple[int, Group], int]:
     """{(elements of a unit, who cut it): windows for a row's gradients}: one is read while the next block fills one.
 
-    What is outside of the blocks comes at the ends of backward, and shares one.
+    What is outside of the blocks comes at the ends of backward, and shares one. is_deferred: each block has one, with
+    gradients of its norms while it waits for those of weights.
     """
-    blocks = {(unit.numel, unit.shard) for key, unit in units.items() if key.startswith("layers.")}
-    return {kind: 2 if kind in blocks else 1 for kind in ((unit.numel, unit.shard) for unit in units.values())}
+    blocks = Counter((unit.numel, unit.shard) for key, unit in units.items() if key.startswith("layers."))
+    kinds = ((unit.numel, unit.shard) for unit in units.values())
+    return {kind: (blocks[kind] if is_deferred else 2) if kind in blocks else 1 for kind in kinds}
 
 
 def added(total: Tensor | None, grad: Tensor) -> Tensor:
@@ -179,13 +182,18 @@ class Gradients:
         }  # complete after finish(); under ZeRO 0 the whole
         self.rows: dict[str, Window] = {}  # with this row's gradients of a unit
         self.pools = {}
-        for (numel, group), count in row_buffers({key: units[key] for key in units if key in self.keeps_shard}).items():
+        self.deferred = getattr(model, "deferred", None)
+        shared = {key: units[key] for key in units if key in self.keeps_shard}
+        for (numel, group), count in row_buffers(shared, self.deferred is not None).items():
             make = functools.partial(Window, numel, next(iter(units.values())).dtype, mesh.device, group)
             self.pools[numel, group] = _Pool(make, count, self.lane)
         self.of_part = {}  # the units of each part of the model
         for part in parts_of(model):
             names = {name for name, _ in part.named_parameters()}
             self.of_part[part] = [key for key, unit in units.items() if unit.params.keys() & names]
+        if self.deferred:
+            self.of_part[self.deferred] = [key for key in units if key.startswith("layers.")]
+            self.of_part[model] = [key for key in units if not key.startswith("layers.")]
         self.hooks = [
             p.register_post_accumulate_grad_hook(functools.partial(self._add, key, name))
             for key, unit in units.items()
@@ -194,18 +202,22 @@ class Gradients:
         self._hook_blocks(model)
 
     def _hook_blocks(self, model):
-        """A block's unit is done when backward reaches its input; what stands behind the blocks, before their last."""
+        """A block's unit is done when backward reaches its input, or gradients of weights that were deferred are there;
+        what stands behind the blocks, before their last."""
         blocks, (_, behind) = blocks_of(model), around_blocks(model, self.units)
         for key, block in blocks.items():
             sum_this = functools.partial(self._sum_over_ranks, keys_of(key, self.units))
-            self.hooks.append(block.register_forward_pre_hook(lambda _, args, f=sum_this: on_gradient(args[0], f)))
+            if self.deferred:
+                self.deferred.then[key] = sum_this
+            else:
+                self.hooks.append(block.register_forward_pre_hook(lambda _, args, f=sum_this: on_gradient(args[0], f)))
         for block in list(blocks.values())[-1:]:
             sum_these = functools.partial(self._sum_over_ranks, behind)
             self.hooks.append(block.register_forward_hook(lambda _, _args, y, f=sum_these: on_gradient(y, f)))
 
     @contextlib.contextmanager
     def backward(self, part: nn.Module, is_last: bool):
-        """Around the backward of one row, through the model or a part of it; is_last: of the step."""
+        """Around the backward of one row, through the model, a part of it or what it deferred; is_last: of the step."""
         self.is_last = is_last
         yield
         self._sum_over_ranks([key for key in self.of_part[part] if key not in self.done])
@@ -311,6 +323,8 @@ class Gradients:
         """Let go of the model."""
         for hook in self.hooks:
             hook.remove()
+        if self.deferred:
+            self.deferred.then.clear()
 
 
 class _Pool:

@@ -12,6 +12,8 @@ def objections(cfg: ParallelConfig, ranks: int, model=None) -> list[str]:
     reasons = []
     if cfg.pp_parts > 1 and (pp == 1 or cfg.pp_schedule != "1f1b"):
         reasons.append(f'pp_parts={cfg.pp_parts} needs several stages and pp_schedule="1f1b"')
+    if cfg.pp_schedule == "zb-h1" and pp == 1:
+        reasons.append('pp_schedule="zb-h1" needs several stages')
     if ranks % (pp * tp * cp):
         reasons.append(f"pp * tp * cp = {pp * tp * cp} does not divide WORLD_SIZE={ranks}")
     data = max(1, ranks // (pp * tp * cp)) * cp

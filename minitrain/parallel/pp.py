@@ -5,11 +5,17 @@
     stage 1    . 0 1 . a 2 b 3 c . d .
     stage 2    . . 0 a 1 b 2 c 3 d . .
 
+    zb-h1: a letter is the first half of a backward, for the stage before; a capital the other, gradients of weights
+    stage 0    0 1 2 . . a A 3 b B c C d D
+    stage 1    . 0 1 . a 2 b A 3 c B d C D
+    stage 2    . . 0 a 1 b 2 c A 3 d B C D
+
 Hidden states go to the next stage and their gradients back, nothing else: each stage has the rows' tokens, and losses
 of routers ride on the hidden states. Where the head is the embedding both ends have the matrix: their gradients are
 summed at the end of a step (ddp.py), so the copies stay equal. With several parts a stage has blocks of as many places,
 and a row goes through all stages as often. GPipe: Huang et al. 2019, arXiv:1811.06965; 1F1B: Narayanan et al. 2019,
-PipeDream, doi:10.1145/3341301.3359646; parts (interleaved 1F1B): Narayanan et al. 2021, arXiv:2104.04473.
+PipeDream, doi:10.1145/3341301.3359646; parts (interleaved 1F1B): Narayanan et al. 2021, arXiv:2104.04473;
+ZB-H1: Qi et al. 2023, arXiv:2401.10241 (deferred.py).
 """
 
 import copy
@@ -23,6 +29,7 @@ from minitrain.batch import Batch
 from minitrain.config import UserError
 from minitrain.parallel.comm import Group, broadcast, gather_objects, receive, send
 from minitrain.parallel.ddp import DENSE, parts_of
+from minitrain.parallel.deferred import Deferred
 from minitrain.parallel.mesh import ALONE, Mesh
 
 _PARTS = {"embed_tokens", "layers", "norm", "lm_head"}
@@ -49,6 +56,8 @@ def apply_pp(model: nn.Module, mesh: Mesh) -> None:
     model.link = Link(mesh)
     if mesh.parts > 1:
         model.parts = [_part(model, blocks, Link(mesh, i)) for i, blocks in enumerate(parts)]
+    if mesh.schedule == "zb-h1":
+        model.deferred = Deferred(model)
 
 
 def _part(model: nn.Module, blocks: range, link: "Link") -> nn.Module:
@@ -104,7 +113,9 @@ def schedule(kind: str, stage: int, stages: int, rows: int, parts: int = 1) -> l
 
     gpipe: all forwards first. 1f1b: a backward as soon as it can be. Both wait for stages - 1 rows in all, of parts for
     (stages - 1) / parts: rows go in groups of at least `stages` through one part after the other, so that a row is back
-    from the last stage when its turn comes. With one stage each row's backward follows its forward.
+    from the last stage when its turn comes. With one stage each row's backward follows its forward. zb-h1: 1f1b, and
+    ("weights", row, 0) as many rows after its backward as there are stages before, so that a stage waits for
+    (stages - 1) / 3 rows in all and has no more under way than the first.
     """
     num_groups = max(1, rows // stages)
     ends = [rows * i // num_groups for i in range(num_groups + 1)]
@@ -116,8 +127,9 @@ def schedule(kind: str, stage: int, stages: int, rows: int, parts: int = 1) -> l
     for i, backward in enumerate(backwards):
         until = len(forwards) if kind == "gpipe" else min(len(forwards), i + ahead + 1)
         actions += [("forward", *forward) for forward in forwards[done:until]] + [("backward", *backward)]
+        actions += [("weights", i - stage, 0)] if kind == "zb-h1" and i >= stage else []
         done = until
-    return actions
+    return actions + [("weights", row, 0) for row in range(max(0, rows - stage), rows) if kind == "zb-h1"]
 
 
 class Link:
