@@ -229,7 +229,9 @@ def test_a_row_has_its_gradients_of_weights_when_they_are_asked_for(recompute, c
         model = compile_with(ALONE, mt.LlamaConfig(**TINY, attention_bias=True), train, backend="aot_eager")
         for block in model.layers.values():
             block.self_attn.attention = traceable_attention
-        deferred = Deferred(model) if is_deferred else None
+        deferred, got = Deferred(model) if is_deferred else None, []
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(lambda p, got=got: got.append(p.grad is not None))
         losses = [model(row).sin().sum() for row in rows]
         for done, loss in enumerate(losses):
             loss.backward()
@@ -241,9 +243,24 @@ def test_a_row_has_its_gradients_of_weights_when_they_are_asked_for(recompute, c
             deferred.run()
             assert not any(p.grad.equal(of_two) for p, of_two in zip(linears, before, strict=True))
             assert not deferred.rows
+        assert all(got) and len(got) == len(rows) * sum(p.grad is not None for p in model.parameters())
         grads[is_deferred] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         assert graphs.pop("unique_graphs", 0) == (compiled == "on")  # of which all blocks make use
     assert_alike(grads[True], grads[False], 1e-5, recompute)
+
+
+@pytest.mark.parametrize("compiled", ["off", pytest.param("on", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_a_block_that_calls_a_linear_twice_is_refused(recompute, compiled):
+    train, twice = TrainConfig(recompute=recompute, compile=compiled), mt.LlamaConfig(**TINY)
+    model = compile_with(ALONE, twice, train, backend="aot_eager")
+    for block in model.layers.values():
+        block.self_attn.attention = traceable_attention
+    shared = model.layers["1"].mlp
+    shared.up_proj = shared.gate_proj
+    Deferred(model)
+    with pytest.raises(mt.UserError, match=r"layers\.1\.mlp\.gate_proj is called 2 times by its block, not once"):
+        model(mt.Batch.pack([torch.arange(20)])).sin().sum().backward()
 
 
 # ---- each part of it is needed

@@ -5,7 +5,8 @@
 
 x and dy come out of a block's backward as the gradients of two inputs of the block, of which nothing is read (_Aside):
 a compiled block stays one graph, without effects, and nothing is copied. All other gradients, of norms, biases and
-experts, come with the inputs'. Qi et al. 2023, arXiv:2401.10241.
+experts, come with the inputs'. A third such gradient, 1 on the host, says that the block called the Linear once: of two
+calls autograd would have added up each x and dy before they are multiplied. Qi et al. 2023, arXiv:2401.10241.
 """
 
 import collections
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minitrain.config import UserError
 from minitrain.parallel.ddp import blocks_of
 
 
@@ -25,11 +27,11 @@ class Deferred:
         self.then = {}
         self.rows = collections.deque()  # {block's key: [(weight, x, dy), ..]} of each row
         self.row = {key: [] for key in blocks_of(model)}  # the one whose forward runs
-        self.source = torch.empty((), device="cpu", requires_grad=True)  # not the weight: its hooks would be called
+        self.one = torch.ones((), device="cpu", requires_grad=True)  # not the weight: its hooks would be called
         model.register_forward_pre_hook(self._begin_row)
         for key, block in blocks_of(model).items():
-            linears = [module for module in block.modules() if type(module) is nn.Linear]
-            for linear in linears:
+            linears = {f"{key}.{name}": m for name, m in block.named_modules() if type(m) is nn.Linear}
+            for linear in linears.values():
                 linear.__class__ = _Linear
             block.register_forward_pre_hook(functools.partial(self._before_block, key, linears))
 
@@ -38,11 +40,12 @@ class Deferred:
         if torch.is_grad_enabled():
             self.rows.append(self.row)
 
-    def _before_block(self, key: str, linears: list["_Linear"], _block: nn.Module, args: tuple) -> None:
-        for linear in linears:
+    def _before_block(self, key: str, linears: dict[str, "_Linear"], _block: nn.Module, args: tuple) -> None:
+        for name, linear in linears.items():
             linear.aside = None
             if torch.is_grad_enabled() and linear.weight.requires_grad:
-                linear.aside = _Aside.apply(self.source, linear, len(args[-1].tokens), self.row[key])
+                aside = _Aside.apply(self.one, name, linear, len(args[-1].tokens), self.row[key])
+                linear.aside = linear.weight.detach(), *aside  # in a compiled block its hooks would be called, too
 
     def run(self) -> None:
         """The oldest row's."""
@@ -55,42 +58,42 @@ class Deferred:
 
 
 class _Linear(nn.Linear):
-    """NOTE: a block calls it once; of two calls autograd would add up each x and dy before they are multiplied."""
-
-    aside: tuple[Tensor, Tensor] | None = None
+    aside: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # weight; for x, dy and 1 of the forward that runs
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.aside is None or x.shape != self.aside[0].shape:  # of other things than the row's tokens
+        if self.aside is None or x.shape != self.aside[1].shape:  # of other things than the row's tokens
             return super().forward(x)
-        return _PutAside.apply(x, self.weight.detach(), self.bias, *self.aside)
+        return _PutAside.apply(x, self.bias, *self.aside)
 
 
 class _PutAside(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, weight, bias, _x, _dy):
-        ctx.save_for_backward(x_TD, weight)
+    def forward(ctx, x_TD, bias, weight, _x, _dy, one):
+        ctx.save_for_backward(x_TD, weight, one)
         ctx.has_bias = bias is not None
         return F.linear(x_TD, weight, bias)
 
     @staticmethod
     def backward(ctx, dy):
-        x_TD, weight = ctx.saved_tensors
-        return dy @ weight, None, dy.sum(0) if ctx.has_bias else None, x_TD, dy
+        x_TD, weight, one = ctx.saved_tensors
+        return dy @ weight, dy.sum(0) if ctx.has_bias else None, None, x_TD, dy, one
 
 
 class _Aside(torch.autograd.Function):
-    """-> what has the shapes of x and dy, and no memory; their "gradients" x and dy are put into row."""
+    """-> what has the shapes of x and dy, and no memory, and 1; their "gradients" x and dy are put into row."""
 
     @staticmethod
-    def forward(ctx, _source, linear, T, row):
-        ctx.weight, ctx.row = linear.weight, row
+    def forward(ctx, one, name, linear, T, row):
+        ctx.name, ctx.weight, ctx.row = name, linear.weight, row
         x, dy = linear.weight.new_empty(2)
-        return x.expand(T, ctx.weight.shape[1]), dy.expand(T, ctx.weight.shape[0])
+        return x.expand(T, ctx.weight.shape[1]), dy.expand(T, ctx.weight.shape[0]), one.view_as(one)
 
     @staticmethod
-    def backward(ctx, x_TD, dy):
+    def backward(ctx, x_TD, dy, calls):
+        if calls != 1:
+            raise UserError(f'pp_schedule="zb-h1": {ctx.name} is called {int(calls)} times by its block, not once')
         ctx.row.append((ctx.weight, x_TD.detach(), dy))  # x bears its history
-        return None, None, None, None
+        return None, None, None, None, None
 
 
 class _Product(torch.autograd.Function):
