@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 from unittest import mock
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from test_hacks import Lion, SideBySide, SideBySideBlock, z_loss
 from test_zero import SIZES
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 import minitrain as mt
 from minitrain import fused_attention, save_pretrained
@@ -385,7 +387,9 @@ def compile_with(mesh, cfg, train, **options):
     model, compile = build_model(cfg, "cpu"), torch.compile
     init_weights(model, 0)
     torch._dynamo.reset()
-    with mock.patch("torch.compile", lambda f, **fixed: compile(f, **fixed, **options)):
+    if options.get("backend", "inductor") != "inductor":
+        options["options"] = None  # which are inductor's
+    with mock.patch("torch.compile", lambda f, **fixed: compile(f, **fixed | options)):
         parallelize(model, mesh, train)
     return model.to(mesh.device)
 
@@ -463,6 +467,28 @@ def test_compiled_blocks_that_gpus_share_have_the_same_gradients(recompute):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     spawn(2, compare_compiled, recompute, "cuda", "inductor", 1e-3, device="cuda")
+
+
+def find_products_beside_collectives():
+    in_one_op()
+    cfg = dataclasses.replace(MODELS["llama"], num_hidden_layers=1)
+    for parallel, collectives in (
+        (ParallelConfig(tp=2), ["reduce_scatter_tensor"]),
+        (ParallelConfig(cp=2), ["all_gather_into_tensor", "reduce_scatter_tensor"]),
+    ):
+        mesh = init_mesh("cpu", parallel, cfg)
+        model = compile_with(mesh, cfg, TrainConfig(compile="on", attention="in one op"))
+        row = share_tokens(Batch.pack([torch.arange(40) % 7, torch.arange(24) % 7], 64), mesh.group("cp"))
+        _, codes = run_and_get_code(gradients, model, row)
+        for collective in collectives:
+            _, found, after = "".join(codes).rpartition(f"{collective}.default(")
+            meanwhile, _, _ = after.partition("wait_tensor.default(")
+            assert found and re.search(r"extern_kernels\.(add)?mm\(", meanwhile), (parallel, collective)
+
+
+@pytest.mark.slow
+def test_products_of_compiled_blocks_run_beside_their_collectives():
+    spawn(2, find_products_beside_collectives)
 
 
 # ---- experts on several ranks in one graph

@@ -14,6 +14,14 @@ from minitrain.parallel.recompute import KEEPS, recomputed
 from minitrain.parallel.tp import apply_tp
 
 
+# Of a compiled block whose ranks communicate inside: as early as it can be begun, and waited for as late, so that
+# products run beside. By the graph alone, not by estimated times, which could order it otherwise on another rank.
+_BESIDE = {
+    "reorder_for_compute_comm_overlap": True,
+    "reorder_for_compute_comm_overlap_passes": ["raise_comms", "sink_waits"],
+}
+
+
 def parallelize(model: nn.Module, mesh: Mesh, cfg: TrainConfig) -> nn.Module:
     """Choose the attention backend; cut layers (pp), matrices (tp), experts (ep), rows (cp); compile blocks, recompute.
 
@@ -35,7 +43,8 @@ def parallelize(model: nn.Module, mesh: Mesh, cfg: TrainConfig) -> nn.Module:
         if cfg.recompute in KEEPS:  # inside of what is compiled, so that it is one graph
             forward = recomputed(forward, KEEPS[cfg.recompute])
         if cfg.compile == "on" or (cfg.compile == "auto" and mesh.device.type == "cuda"):
-            forward = torch.compile(forward, dynamic=False)
+            options = _BESIDE if mesh.group("tp").size * mesh.group("cp").size > 1 else None
+            forward = torch.compile(forward, dynamic=False, options=options)
         if cfg.recompute == "full":
             forward = recomputed(forward)
         if forward is not plain:

@@ -7,7 +7,9 @@
 
 Each layer gathers the keys and values of all ranks, and gives to each run of neighbouring tokens of a document the keys
 from the document's begin on. For the attention function such a run is a document of its own with more keys than
-queries, which its signature knows: any function works unchanged, with positions, targets and window as they are.
+queries, which its signature knows: any function works unchanged, with positions, targets and window as they are. In a
+compiled block the product of the queries runs while keys are gathered, and those of weights' gradients while theirs are
+summed (parallelize).
 """
 
 import functools
