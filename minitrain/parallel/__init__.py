@@ -13,7 +13,6 @@ from minitrain.parallel.pp import apply_pp
 from minitrain.parallel.recompute import KEEPS, recomputed
 from minitrain.parallel.tp import apply_tp
 
-
 # Of a compiled block whose ranks communicate inside: as early as it can be begun, and waited for as late, so that
 # products run beside. By the graph alone, not by estimated times, which could order it otherwise on another rank.
 _BESIDE = {
