@@ -22,7 +22,7 @@ from minitrain.models.qwen3_moe import Qwen3MoeConfig
 from minitrain.optim import adamw as fused_adamw
 from minitrain.optim import muon
 from minitrain.parallel import comm, parallelize
-from minitrain.parallel.gather import whole
+from minitrain.parallel.gather import read_whole, whole
 from minitrain.parallel.mesh import ALONE, Mesh, init_mesh
 from minitrain.parallel.offload import HostState
 from minitrain.parallel.zero import shard_optimizer
@@ -129,7 +129,6 @@ def run(case, parallel, mesh=ALONE):
         norms.append(opt.clip_grad_norm(0.5, loss))
         grads = grads or gradients(opt)
         opt.step(0.01)
-    opt.settle()
     with whole(model):
         weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     return {"losses": torch.stack(losses), "norms": torch.stack(norms), **weights}, grads
@@ -471,6 +470,10 @@ def watch_arrivals():
         opt.step(0.01)
         assert [*opt.weights.marks] == ["embed_tokens", "layers.0", "layers.1", "norm"]
     assert seen[4:] == [["layers.0", "layers.1", "norm"], ["layers.1", "norm"], ["norm"], []]
+    assert read_whole(model.norm.weight) is model.norm.weight  # whoever reads weights waits for them
+    assert [*opt.weights.marks] == ["embed_tokens", "layers.0", "layers.1"]
+    with whole(model.layers):
+        assert [*opt.weights.marks] == ["embed_tokens"]
     opt.settle()
     assert not opt.weights.marks
 

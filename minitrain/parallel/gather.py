@@ -33,6 +33,9 @@ class _Weights:
         self.units, self.windows, self.flats = units, windows, flats
         self.marks = {}  # units that are on their way, or there
         self.ahead, self.behind = around_blocks(model, units)
+        for key, unit in units.items():
+            for p in unit.params.values():
+                p.unit = (self, key)
 
     def wait_for_readers(self) -> None:
         """From here on the computation may write this rank's shards: no other reads them before renew()."""
@@ -73,6 +76,11 @@ class ArrivingWeights(_Weights):
         for key in keys:
             self.lane.wait(self.marks.pop(key, None))
 
+    show = use
+
+    def free(self, *keys: str) -> None:
+        """Nothing: they stay."""
+
     def settle(self) -> None:
         self.use(*self.units)
 
@@ -94,8 +102,6 @@ class GatheredWeights(_Weights):
             self.views[key] = [(p, p.data) for p in unit.params.values()]
             self.blanks[key] = [(p, blank.expand(p.shape)) for p in unit.params.values()]
             _set_data(self.blanks[key])
-            for p in unit.params.values():
-                p.unit = (self, key)
         blocks = {key: block for key, block in blocks_of(model).items() if keys_of(key, units)}
         self.blocks = [keys_of(key, units) for key in blocks]
         self.first, self.last = {}, set()  # block of each part of the model
@@ -193,7 +199,7 @@ def _set_data(pairs: list[tuple[nn.Parameter, Tensor]]) -> None:
 
 @contextlib.contextmanager
 def whole(module: nn.Module) -> Iterator[None]:
-    """Inside, the module's parameters hold their values under ZeRO 3 too; for all ranks together, between steps.
+    """Inside, the module's parameters hold their values under every ZeRO; for all ranks together, between steps.
 
     with whole(model.norm):
         print(model.norm.weight)
@@ -209,7 +215,7 @@ def whole(module: nn.Module) -> Iterator[None]:
 
 
 def read_whole(p: nn.Parameter) -> nn.Parameter:
-    """The parameter, with its values under ZeRO 3 too; for all ranks together, between steps.
+    """The parameter, with its values under every ZeRO; for all ranks together, between steps.
 
     They are there until a parameter of another unit is read, or the model runs.
     """
