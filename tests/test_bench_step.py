@@ -71,16 +71,18 @@ def test_bytes_bandwidth_and_hidden_time_of_a_trace():
 
 
 @pytest.mark.slow
-def test_it_runs_on_two_ranks(tmp_path):
+@pytest.mark.parametrize("axes", [["--parallel.zero=3"], ["--parallel.pp=2", "--data.rows_per_step=3"]])
+def test_it_runs_on_two_ranks(axes):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     flags = [f"--model.{key}={value}" for key, value in sizes.items()]
     flags += ["--train.steps=3", "--train.device=cpu", "--data.tokens_per_row=64", "--data.max_seqlen=32"]
     out = subprocess.run(
-        [*torchrun, ROOT / "tools" / "bench_step.py", *flags, "--parallel.zero=3"],
+        [*torchrun, ROOT / "tools" / "bench_step.py", *flags, *axes],
         capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     ).stdout  # fmt: skip
-    assert "CPU x 2, zero 3" in out and out.count("| 2 x 64 |") == 1 and "predicted GiB: weights" in out
+    assert "CPU x 2, zero " in out and out.count(" x 64 |") == 1 and "predicted GiB: weights" in out
+    assert ("a stage waits in 25.0% of a step" in out) == ("--parallel.pp=2" in axes)
 
 
 def test_a_kernel_belongs_to_the_operations_that_launched_it():

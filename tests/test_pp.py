@@ -25,7 +25,7 @@ from minitrain.parallel.ddp import on_gradient
 from minitrain.parallel.deferred import Deferred
 from minitrain.parallel.layout import objections
 from minitrain.parallel.mesh import ALONE, Mesh, init_mesh
-from minitrain.parallel.pp import schedule, share_blocks
+from minitrain.parallel.pp import bubble, schedule, share_blocks
 
 SCHEDULES = ("1f1b", "gpipe", "zb-h1")
 
@@ -68,7 +68,7 @@ def simulate(kind, stages, rows, parts=1, **times):
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 20])
 def test_a_schedule_ends_after_the_bubble_that_it_must_have(kind, stages, rows):
     time, most = simulate(kind, stages, rows)
-    assert time == (rows + stages - 1) * 3
+    assert time == (rows + stages - 1) * 3 == pytest.approx(rows * 3 / (1 - bubble(kind, stages, rows)))
     assert most == [rows if kind == "gpipe" else min(rows, stages - stage) for stage in range(stages)]
 
 
@@ -77,6 +77,7 @@ def test_a_schedule_ends_after_the_bubble_that_it_must_have(kind, stages, rows):
 def test_gradients_of_weights_fill_the_bubble_and_no_more_rows_are_under_way(stages, rows):
     time, most = simulate("zb-h1", stages, rows)
     assert time == rows * 3 + max(stages - 1, 2 * (stages - 1) - (rows - 1))  # 1f1b: 3 * (stages - 1)
+    assert time == pytest.approx(rows * 3 / (1 - bubble("zb-h1", stages, rows)))
     assert most == [min(rows, stages)] * stages  # of 1f1b the first stage's
     for stage in range(stages):
         actions = schedule("zb-h1", stage, stages, rows)
@@ -94,6 +95,7 @@ def test_gradients_of_weights_fill_the_bubble_and_no_more_rows_are_under_way(sta
 def test_with_parts_stages_wait_for_less_by_their_number(stages, parts, rows):
     time, most = simulate("1f1b", stages, rows, parts)
     assert time == (rows * parts + stages - 1) * 3 or rows < stages
+    assert time == pytest.approx(rows * parts * 3 / (1 - bubble("1f1b", stages, rows, parts))) or rows < stages
     assert max(most) <= stages * 2 + (parts - 1) * (2 * stages - 1)
 
 

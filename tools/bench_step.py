@@ -13,7 +13,8 @@ one row a rank unless told otherwise. Prints one row of a table, with the figure
 the peak that minitrain/plan.py predicts.
 On GPUs it profiles two more steps, and prints what they spend their time on; on one GPU beside the floor of each part
 (step_parts.py), on several with a row for each kind of collective: bytes that a rank's links carry (as nccl-tests
-counts them), the bandwidth that this makes, and in how much of the time other kernels ran, too.
+counts them), the bandwidth that this makes, and in how much of the time other kernels ran, too; in a pipeline also the
+bubble that its schedule has.
 """
 
 import argparse
@@ -37,6 +38,7 @@ from minitrain.models import build_model
 from minitrain.models.qwen3_moe import Experts
 from minitrain.parallel import compute_dtype
 from minitrain.parallel.mesh import Mesh, init_mesh, leave
+from minitrain.parallel.pp import bubble
 from minitrain.plan import predict_memory
 
 _PROFILED = 2  # steps
@@ -213,6 +215,10 @@ def main() -> None:
         _print_parts(times, cfg, mesh, pairs)
     if collectives := communication(events, _PROFILED):
         _print_table(collectives)
+    if (stages := mesh.group("pp").size) > 1:
+        rows, axes = cfg.data.rows_per_step // mesh.dp_size, cfg.parallel
+        waits = bubble(axes.pp_schedule, stages, rows, axes.pp_parts)
+        print(f"\nbubble: by the schedule a stage waits in {waits:.1%} of a step; the first one's is in idle")
 
 
 def _print_parts(times, cfg, mesh, pairs):

@@ -132,6 +132,17 @@ def schedule(kind: str, stage: int, stages: int, rows: int, parts: int = 1) -> l
     return actions + [("weights", row, 0) for row in range(max(0, rows - stage), rows) if kind == "zb-h1"]
 
 
+def bubble(kind: str, stages: int, rows: int, parts: int = 1) -> float:
+    """The share of a step in which a stage waits, if a forward and each half of a backward take the same time.
+
+    With several parts from as many rows as stages on; with fewer it is more.
+    """
+    waits = (stages - 1) / parts
+    if kind == "zb-h1":
+        waits = max(stages - 1, 2 * (stages - 1) - (rows - 1)) / 3
+    return waits / (rows + waits)
+
+
 class Link:
     """Between a part of this stage and the parts before and after it, on the neighbours; with one stage nothing passes.
 
