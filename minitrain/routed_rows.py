@@ -4,10 +4,18 @@ models/qwen3_moe.py has the plain functions and chooses. Dimensions: T tokens, A
 D channels. Copy a of token t is row place_TA[t, a].
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from minitrain.extension import address, kernels, runs_on, stream_of
+
+
+@torch.compiler.disable
+def uncompiled(function: Callable, *args):
+    """function(*args), whose shapes are others in each call: one clean break of a compiled caller's graph."""
+    return function(*args)
 
 
 def can_run(x: Tensor) -> bool:

@@ -496,9 +496,9 @@ def test_products_of_compiled_blocks_run_beside_their_collectives():
 EXCHANGES = {"none": 5, "cheap": 5, "block": 7, "full": 8}  # of a layer: counts, rows, rows; their gradients; again
 
 
-def grouped_matmul(x_RD, w_EFD, counts_E):
+def grouped_matmul(x_RD, w_EFD, counts_E, grouped=qwen3_moe._grouped_matmul):
     """As on a GPU, where the compiler does not know how many rows there are."""
-    return qwen3_moe._grouped_matmul(x_RD.bfloat16(), w_EFD.bfloat16(), counts_E).float()
+    return grouped(x_RD.bfloat16(), w_EFD.bfloat16(), counts_E).float()
 
 
 def exchange_in_one_graph(recompute):
@@ -507,7 +507,8 @@ def exchange_in_one_graph(recompute):
     mesh, grads = init_mesh("cpu", ParallelConfig(ep=2), cfg), {}
     exchanges = mock.Mock(wraps=ep.all_to_all_rows)
     with (
-        mock.patch.object(qwen3_moe, "_matmul_by_expert", grouped_matmul),
+        mock.patch.object(qwen3_moe, "_can_group", lambda x_RD: True),
+        mock.patch.object(qwen3_moe, "_grouped_matmul", grouped_matmul),
         mock.patch.object(ep, "all_to_all_rows", exchanges),
     ):
         for compiled in ("off", "on"):

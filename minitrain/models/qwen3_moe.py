@@ -7,6 +7,7 @@ each expert's rows are adjacent and all experts run as one grouped matrix produc
     x_TD --router--> experts_TA, weights_TA --sort--> x_RD in the order of experts --experts--> y_RD --sum--> (T, D)
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -150,9 +151,21 @@ class Experts(nn.Module):
 
     def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
         """x (R, D), the first counts[0] rows for expert 0 and so on; counts (E,) int64 -> (R, D)."""
-        matmul = _grouped_matmul if x_RD.is_cuda and x_RD.dtype == torch.bfloat16 else _matmul_by_expert
-        hidden_RF = F.silu(matmul(x_RD, self.gate_proj, counts_E)) * matmul(x_RD, self.up_proj, counts_E)
-        return matmul(hidden_RF, self.down_proj, counts_E)
+        weights = self.gate_proj, self.up_proj, self.down_proj
+        if _can_group(x_RD):
+            return _swiglu(_grouped_matmul, x_RD, counts_E, *weights)
+        from minitrain.routed_rows import uncompiled  # on use only: with it comes torch's compiler
+
+        return uncompiled(_swiglu, _matmul_by_expert, x_RD, counts_E, *weights)
+
+
+def _swiglu(matmul: Callable, x_RD: Tensor, counts_E: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    hidden_RF = F.silu(matmul(x_RD, gate, counts_E)) * matmul(x_RD, up, counts_E)
+    return matmul(hidden_RF, down, counts_E)
+
+
+def _can_group(x_RD: Tensor) -> bool:
+    return x_RD.is_cuda and x_RD.dtype == torch.bfloat16
 
 
 def _matmul_by_expert(x_RD: Tensor, w_EFD: Tensor, counts_E: Tensor) -> Tensor:
