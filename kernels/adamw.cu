@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads)
         if (t.rounded) store_rounded(t.rounded, i, param[k]);
     }
     const int64_t i = whole + threadIdx.x;
-    if (whole < start + kChunk && i < t.numel) {  // in the last CTA of a tensor, or one past it where vectors fill them
+    if (whole < start + kChunk && i < t.numel) {  // in the last CTA of a tensor
         float mean = load(t.mean, i, kIsBf16), square = load(t.square, i, kIsBf16);
         update(numbers, rates, load(t.grad, i, t.grad_is_bf16), t.param[i], mean, square);
         store_moment<kIsBf16>(t.mean, i, mean, mix(2 * i + seed));

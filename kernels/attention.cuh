@@ -11,8 +11,8 @@
 //
 // Items come in waves of whole (document, head)s, in each the most work under a causal mask first. A wave has at least
 // (number of processors) x (the longest item) of work, so that its items begin together and end together: what they
-// read at the same time they find in L2, and nothing long begins at the end. A persistent CTA takes the next number
-// from a counter.
+// read at the same time they find in L2, and nothing long begins at the end. But no two parts of a group are in one
+// wave: the later one waits for the other. A persistent CTA takes the next number from a counter.
 #pragma once
 
 #include <cuda_runtime.h>

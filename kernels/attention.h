@@ -57,7 +57,7 @@ struct AttentionBackward {
     float* dq_sum;       // (H, R, C)
     int* turns;          // (H, R / 64)
     bool deterministic;  // dq is summed in a fixed order; else in any
-    // Where groups are split into parts, dk and dv are left as sums here, and the two above are not used.
+    // Where groups are split into parts, dk and dv are left as sums here, and those above are not written.
     float* dkv_sum;  // (2, S, K, C)
     int* dkv_turns;  // (K, S), zeros
 };

@@ -198,7 +198,7 @@ __device__ void add_dq(Shared<C>& shared, const Arguments& args) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 __syncwarp();  // the first lane is back
-                barrier_sync(kDqWritten + half, 160);
+                barrier_sync(kDqWritten + half, 160);  // a warpgroup's dQ is in shared memory
                 if (lane == 0)
                     write_sum(sum + half * kDqOfWarpgroup, shared.dq[half], sizeof shared.dq[half], is_first,
                               evict_last());
@@ -209,15 +209,15 @@ __device__ void add_dq(Shared<C>& shared, const Arguments& args) {
             if (lane == 0) wait_bulk_read<1>();  // the first half may be overwritten
             __syncwarp();
             barrier_arrive(kDqRead, 160);
-            if (lane == 0) wait_bulk_read<0>();
+            if (lane == 0) wait_bulk_read<0>();  // the second, too
             __syncwarp();
             barrier_arrive(kDqRead + 1, 160);
             if (lane == 0 && (args.deterministic || is_first)) {
-                wait_bulk<0>();
+                wait_bulk<0>();  // the sums are in global memory
                 end_turn(turn);  // others may add
             }
         }
-        if (lane == 0) wait_bulk<0>();  // also because shared memory may go
+        if (lane == 0) wait_bulk<0>();  // the last sums are written, and shared memory may go
         __syncwarp();                   // all lanes have read the tile
         if (lane == 0) shared.tile_empty[tiles.stage()].arrive();
     }
@@ -301,7 +301,7 @@ struct Consumer {
         }
     }
 
-    // All blocks of queries of all heads that see the tile: adds to dK and dV, leaves each dQ in shared memory.
+    // All blocks of queries of its part's heads that see the tile: adds to dK and dV, leaves each dQ in shared memory.
     //
     // The tensor cores have work queued while this warpgroup does something else: dP^T under the exponentials, dV under
     // dS, dK under the writing of dS, S^T of the next block under the writing of dQ.
@@ -350,7 +350,7 @@ struct Consumer {
             barrier_arrive(kDqWritten + warpgroup, 160);  // dQ is there for the copy engine
             wgmma_wait<1>(s);
         }
-        wgmma_wait<0>(dp);
+        wgmma_wait<0>(dp);  // nobody needs them, but they read V
     }
 
     __device__ __forceinline__ void wait_for_q(const Tile& tile, bool is_tail) {
@@ -443,7 +443,7 @@ struct Consumer {
         const int first = of_warp(tile.first_key + warpgroup * 64 + thread / 32 * 16);
         if (first >= k_len) return;
         int* turn = args.dkv_turns + tile.kv_head * args.shape.num_keys + tile.doc.k_begin + first;
-        while (of_warp(read_turn(turn)) != part) continue;
+        while (of_warp(read_turn(turn)) != part) continue;  // the part before has added
         const int64_t from_dk_to_dv = int64_t(args.shape.num_keys) * args.shape.kv_heads * C;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -494,7 +494,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         fence_mbarrier_init();
         prefetch_map(&q_map), prefetch_map(&k_map), prefetch_map(&v_map), prefetch_map(&d_out_map);
     }
-    __syncthreads();
+    __syncthreads();  // barriers have their counts
     if (threadIdx.x < 128) {
         give_registers<24>();
         const int warp = threadIdx.x / 32;
@@ -587,7 +587,7 @@ void launch(const AttentionBackward& args, int device, cudaStream_t stream) {
         tensor_map(args.q, s->num_queries, s->heads, C, query_block(C)),
         tensor_map(args.k, s->num_keys, s->kv_heads, C, kKeys), tensor_map(args.v, s->num_keys, s->kv_heads, C, kKeys),
         tensor_map(args.d_out, s->num_queries, s->heads, C, query_block(C)), arguments);
-    const int grid = Plan::max_query_items(shape, hopper_tiles(C)) * hopper_tiles(C).queries / kFinished;
+    const int grid = Plan::max_query_items(shape, hopper_tiles(C)) * (hopper_tiles(C).queries / kFinished);
     finish_kernel<C><<<grid, 128, 0, stream>>>(shape, plan, padded_rows, args.dq_sum, args.turns,
                                                static_cast<__nv_bfloat16*>(args.dq));
     check(cudaGetLastError(), "attention_backward_sm90",

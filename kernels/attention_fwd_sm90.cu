@@ -260,7 +260,7 @@ struct Consumer {
         for (bool first = true;; first = false) {
             // NOTE: this wait stands here, not behind the softmax that it follows, because the assembler would move it
             // up over the softmax; it does not move it over the beginning of a loop.
-            wgmma_wait<0>(o, p);
+            wgmma_wait<0>(o, p);  // P V of the block before
             if (!first) release_v();
             pack(s, p);
             rescale_output(rescale);
@@ -333,7 +333,7 @@ __global__ void __launch_bounds__(Sizes<C>::kThreads, 1)
         fence_mbarrier_init();
         prefetch_map(&q_map), prefetch_map(&k_map), prefetch_map(&v_map);
     }
-    __syncthreads();
+    __syncthreads();  // barriers have their counts
     if (threadIdx.x < 128) {
         give_registers<Sizes<C>::kProducerRegisters>();
         if (threadIdx.x < 32 && elect_one()) {

@@ -2,7 +2,11 @@
 //
 // Two lists, of queries and of keys. One CTA writes one wave of one list, sorted by counting: it finds which heads of
 // which documents are in its wave, counts how many tiles have 1, 2, 3, ... blocks of work, and gives each tile its
-// place. Tiles of equal work come in any order: results do not depend on it.
+// place. Tiles of equal work come in any order: results do not depend on it. But a part of a group adds to the same
+// sums after the one before it, which some CTA must have begun: a wave is never longer than one part of all documents,
+// so that no two of a group are in the same wave.
+
+#include <algorithm>
 
 #include "attention.cuh"
 #include "common.cuh"
@@ -30,7 +34,7 @@ __device__ Sums sum_over_cta(int64_t value) {
     }
     __syncthreads();  // a former call's readers are done
     if (lane == 31) of_warp[warp] = upto;
-    __syncthreads();
+    __syncthreads();  // every warp's sum is there
     Sums sums = {0, upto - value};
     for (int w = 0; w < kThreads / 32; ++w) {
         if (w == warp) sums.before += sums.all;
@@ -58,8 +62,7 @@ struct List {
         const int begin = cu ? cu[i] : 0, end = i == num_documents ? num_rows : cu ? cu[i + 1] : 0;
         return {begin, end - begin};
     }
-    // Entries: all documents with the first part of their heads, then all with the second, and so on. Parts of a group
-    // add to the same sums one after the other, and are apart in time here.
+    // Entries: all documents with the first part of their heads, then all with the second, and so on.
     __device__ int size() const { return parts * (num_documents + 1); }
     __device__ int document(int entry) const { return entry % (num_documents + 1); }
     __device__ int first_head(int entry) const { return entry / (num_documents + 1) * heads; }
@@ -87,7 +90,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(AttentionShape shape, At
     if (!of_queries.is_valid() || !of_keys.is_valid()) list.cu = nullptr;  // no documents: all rows are outside of them
     for (int t = threadIdx.x; t < kMaxTiles; t += kThreads) place[t] = 0;
     if (threadIdx.x == 0) longest = 1;
-    __syncthreads();
+    __syncthreads();  // place and longest have their first values
 
     // How much work there is, and in how many waves.
     int64_t work = 0;
@@ -96,8 +99,9 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(AttentionShape shape, At
         work += sum_over_cta(work_of(tiles) * list.heads).all;
         if (tiles > 0) atomicMax(&longest, tiles);
     }
-    __syncthreads();
-    const int64_t waves = min(max(work / (int64_t(num_processors) * longest), int64_t(1)), int64_t(kMaxWaves));
+    __syncthreads();  // longest is that of all
+    const int64_t enough = work / (int64_t(num_processors) * longest);
+    const int64_t waves = min(max(enough, int64_t(list.parts)), int64_t(gridDim.x));
     if (blockIdx.x >= waves) return;
     const int64_t wave_begin = work * blockIdx.x / waves, wave_end = work * (blockIdx.x + 1) / waves;
 
@@ -124,7 +128,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(AttentionShape shape, At
     // as many tiles or more -> tiles with more work. Each thread has kTilesOfThread, the last ones first.
     const int last = kMaxTiles - 1 - kTilesOfThread * threadIdx.x;
     for (int round = 0; round < 2; ++round) {
-        __syncthreads();
+        __syncthreads();  // all have counted, or written their sums
         int mine = 0;
         for (int t = 0; t < kTilesOfThread; ++t) mine += place[last - t];
         int sum = static_cast<int>(sum_over_cta(mine).before);
@@ -134,7 +138,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(AttentionShape shape, At
             sum += here;
         }
     }
-    __syncthreads();
+    __syncthreads();  // every place is known
     Item* items = is_keys ? plan.key_items : plan.query_items;
     for_each_entry([&](int i, int tiles, int from, int to) {
         for (int lane = 0; lane < 32; ++lane) {  // a warp writes its 32 entries one after the other
@@ -181,7 +185,8 @@ void attention_plan(const AttentionShape& shape, AttentionTiles tile, const int*
     check_rows("q", shape.num_queries, tile.queries);
     check_rows("k and v", shape.num_keys, tile.keys);
     const OnDevice guard(device);
-    plan_kernel<<<dim3(kMaxWaves, 2), kThreads, 0, stream>>>(shape, tile, cu_q, cu_k, num_processors(device), plan);
+    const int waves = std::max(kMaxWaves, Plan::parts(shape, tile));
+    plan_kernel<<<dim3(waves, 2), kThreads, 0, stream>>>(shape, tile, cu_q, cu_k, num_processors(device), plan);
     check(cudaGetLastError(), "attention_plan",
           {{"queries", shape.num_queries}, {"keys", shape.num_keys}, {"documents", shape.num_documents}});
 }

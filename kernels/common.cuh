@@ -1,4 +1,4 @@
-// What every launcher needs: CUDA errors as exceptions that carry the sizes, and the device a pointer lives on.
+// What every launcher needs: CUDA errors as exceptions that carry the sizes, the current device, its processors.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -106,7 +106,8 @@ def items_of(plan, N, rows, tiles):
 
 
 def assert_waves(items, counts, which, processors):
-    """Waves of whole (document, head)s with enough work for all processors; the most work first in each."""
+    """Waves of whole (document, head)s with enough work for all processors; the most work first in each; a part of a
+    group only after the one that it waits for."""
     work = [counts[i] - t if which else t + 1 for i, t, _ in items]  # blocks, under a causal mask
     ends = [k for k in range(1, len(work)) if work[k] > work[k - 1]]
     waves = [(items[a:b], sum(work[a:b])) for a, b in zip([0, *ends], [*ends, len(items)], strict=True)]
@@ -117,11 +118,16 @@ def assert_waves(items, counts, which, processors):
         seen |= heads
     parts = [[head // HEADS[1] for _, _, head in wave] for wave, _ in waves if which]
     assert all(max(a) <= min(b) for a, b in pairwise(parts)), "a part of a group beside the one it waits for"
+    places = {item: place for place, item in enumerate(items)}
+    before = ((place, places.get((i, t, head - HEADS[1]), -1)) for (i, t, head), place in places.items() if which)
+    assert all(a > b for a, b in before), "a part of a group waits for one that nobody may ever begin"
     longest = max(work, default=0)
-    if len(waves) > 1:  # as even as whole heads allow; where one wave begins is not seen if it goes on with less work
-        assert all(amount >= processors * longest - longest * (longest + 1) // 2 for _, amount in waves)
     enough_for = sum(work) // max(1, processors * longest)
-    assert len(waves) <= max(1, enough_for)
+    num_parts = 1 + max((head // HEADS[1] for _, _, head in items if which), default=0)
+    if len(waves) > 1 and enough_for >= num_parts:
+        # As even as whole heads allow; where one wave begins is not seen if it goes on with less work.
+        assert all(amount >= processors * longest - longest * (longest + 1) // 2 for _, amount in waves)
+    assert len(waves) <= max(num_parts, enough_for)
     assert len(waves) > 1 or enough_for < 2 or longest == 1  # with one block each, no wave is seen to end
 
 
@@ -155,6 +161,7 @@ PLANS = {  # lengths of queries, of keys (None: the same), rows unused
     "padded by repeats": ([500, 20, *[0] * 2000], None, 0),
     "one very long": ([20, 40_000, 3], None, 0),
 }
+PLANS["one long, many short"] = ([4000] + [100] * 40, None, 0)
 PLANS["several waves"] = ([4000, 3000, 100, 4000] * 20, None, 0)
 plans = pytest.mark.parametrize("lengths, keys, unused", PLANS.values(), ids=PLANS)
 
