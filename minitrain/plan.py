@@ -23,7 +23,7 @@ from minitrain.parallel.ep import apply_ep
 from minitrain.parallel.layout import objections
 from minitrain.parallel.mesh import GRAD_SUMS, Mesh, grids, sharded_over
 from minitrain.parallel.offload import on_host
-from minitrain.parallel.pp import apply_pp, schedule
+from minitrain.parallel.pp import apply_pp, messages_at_a_time, schedule
 from minitrain.parallel.tp import apply_tp
 
 _WIDE = 4  # bytes of fp32: masters, their gradients, moments
@@ -101,12 +101,14 @@ def _of_stage(cfg: Config, ranks: int, stage: Group) -> Memory:
     deferred = width * _deferred_by_block(cfg) if parallel.pp_schedule == "zb-h1" else 0
     changes = {"forward": kept, "backward": deferred - kept, "weights": -deferred}
     of_rows = max(itertools.accumulate(changes[action] for action, *_ in actions))
+    sent = min(messages_at_a_time(stage.size), 2 * rows) * parallel.pp_parts if stage.size > 1 else 0
+    messages = sent * width * _tokens(cfg) * cfg.model.hidden_size // parallel.tp
     return Memory(
         weights=width * (shard if parallel.zero == 3 else whole),
         gradients=gradients,
         states=state * (shard - sum(away)),
         passing=state * passing,
-        activations=of_rows * len(model.layers) // parallel.pp_parts,
+        activations=of_rows * len(model.layers) // parallel.pp_parts + messages,
         loss=_loss_bytes(model.lm_head.weight, _tokens(cfg), width) if model.lm_head is not None else 0,
         block=2 * whole_block - kept,
         buffers=_buffers(units, parallel, width),

@@ -91,7 +91,7 @@ def train(
     data = iter(PackedData(cfg.data, mesh, model.config.vocab_size) if data is None else data)
     if cfg.train.validate_every and not hasattr(data, "held_out_rows"):
         raise UserError("train.validate_every: data of your own needs held_out_rows(), as PackedData has it")
-    _warn(cfg)
+    _warn(cfg, model)
     model = parallelize(model, mesh, cfg.train)
     fill = set_weights(model, cfg, mesh)
     opt = shard_optimizer(model, optimizer or adamw(cfg.optim), mesh, cfg.parallel, fill)
@@ -132,7 +132,7 @@ def train(
     return model
 
 
-def _warn(cfg: Config) -> None:
+def _warn(cfg: Config, model: nn.Module) -> None:
     """Of settings that do less than they say; a trial of some steps may well have them."""
     if cfg.optim.warmup_steps >= cfg.train.steps:
         log.warning("optim.warmup_steps=%s: the learning rate does not reach optim.lr in train.steps=%s",
@@ -140,6 +140,8 @@ def _warn(cfg: Config) -> None:
     if cfg.data.held_out and not cfg.train.validate_every:
         log.warning("data.held_out=%s: not trained on, and with train.validate_every=0 not validated on either",
                     cfg.data.held_out)  # fmt: skip
+    if kept := [name for name, _ in model.named_buffers() if name in model.state_dict(keep_vars=True)]:
+        log.warning("buffer %s is persistent, but in no checkpoint or export: after a resume it begins anew", kept[0])
 
 
 def _is_validated(step: int, cfg: Config) -> bool:
@@ -164,6 +166,8 @@ def forward_backward(
     called again); without one they follow each other.
     """
     parts = parts_of(model)
+    if deferred := getattr(model, "deferred", None):
+        deferred.rows.clear()  # forwards that no step has asked for
     sums, rows = {"": 0.0}, {}  # the loss and extras; rows between their forward and backward
     for batch in batches:
         batch.share = mesh.group("pp").size / (len(batches) * mesh.size)  # ranks that share a row add up theirs
@@ -183,8 +187,8 @@ def forward_backward(
             with backward(parts[part], i == len(batches) - 1):
                 link.backward(*rows.pop((i, part)))
         else:
-            with backward(model.deferred, i == len(batches) - 1):
-                model.deferred.run()
+            with backward(deferred, i == len(batches) - 1):
+                deferred.run()
     for part in parts:
         link_of(part).finish()
     link = link_of(parts[-1])

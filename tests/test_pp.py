@@ -18,6 +18,7 @@ from torch import nn
 import minitrain as mt
 from minitrain.config import ParallelConfig, TrainConfig, UserError
 from minitrain.hf import load_weights
+from minitrain.loss import cross_entropy
 from minitrain.models import build_model, init_weights, materialize
 from minitrain.parallel import parallelize, pp
 from minitrain.parallel.comm import Group
@@ -25,7 +26,8 @@ from minitrain.parallel.ddp import on_gradient
 from minitrain.parallel.deferred import Deferred
 from minitrain.parallel.layout import objections
 from minitrain.parallel.mesh import ALONE, Mesh, init_mesh
-from minitrain.parallel.pp import bubble, schedule, share_blocks
+from minitrain.parallel.pp import bubble, messages_at_a_time, schedule, share_blocks
+from minitrain.train import forward_backward
 
 SCHEDULES = ("1f1b", "gpipe", "zb-h1")
 
@@ -34,8 +36,9 @@ SCHEDULES = ("1f1b", "gpipe", "zb-h1")
 
 
 def simulate(kind, stages, rows, parts=1, **times):
-    """Every stage does its actions in order, each as soon as what it needs is there. -> (time of all, the most rows
-    under way on each stage, to the end of what is done for them); AssertionError if they wait for each other."""
+    """Every stage does its actions in order, each as soon as what it needs is there. -> (when each ended, by its place,
+    name and row; the most rows under way on each stage, to the end of what is done for them); AssertionError if they
+    wait for each other."""
     times = times or {"forward": 1, "backward": 1 if kind == "zb-h1" else 2, "weights": 1}
     last = "weights" if kind == "zb-h1" else "backward"
     plans = [schedule(kind, stage, stages, rows, parts) for stage in range(stages)]
@@ -60,22 +63,27 @@ def simulate(kind, stages, rows, parts=1, **times):
                 most[stage] = max(most[stage], under_way)
                 moved = True
         assert moved, "the stages wait for each other"
-    return max(clocks), most
+    return ended, most
+
+
+def time_of(ended):
+    return max(ended.values())
 
 
 @pytest.mark.parametrize("kind", ["1f1b", "gpipe"])
 @pytest.mark.parametrize("stages", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 20])
 def test_a_schedule_ends_after_the_bubble_that_it_must_have(kind, stages, rows):
-    time, most = simulate(kind, stages, rows)
-    assert time == (rows + stages - 1) * 3 == pytest.approx(rows * 3 / (1 - bubble(kind, stages, rows)))
+    ended, most = simulate(kind, stages, rows)
+    assert time_of(ended) == (rows + stages - 1) * 3 == pytest.approx(rows * 3 / (1 - bubble(kind, stages, rows)))
     assert most == [rows if kind == "gpipe" else min(rows, stages - stage) for stage in range(stages)]
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 20])
 def test_gradients_of_weights_fill_the_bubble_and_no_more_rows_are_under_way(stages, rows):
-    time, most = simulate("zb-h1", stages, rows)
+    ended, most = simulate("zb-h1", stages, rows)
+    time = time_of(ended)
     assert time == rows * 3 + max(stages - 1, 2 * (stages - 1) - (rows - 1))  # 1f1b: 3 * (stages - 1)
     assert time == pytest.approx(rows * 3 / (1 - bubble("zb-h1", stages, rows)))
     assert most == [min(rows, stages)] * stages  # of 1f1b the first stage's
@@ -85,15 +93,16 @@ def test_gradients_of_weights_fill_the_bubble_and_no_more_rows_are_under_way(sta
             assert [row for action, row, _ in actions if action == kind] == list(range(rows))
         assert [action for action in actions if action[0] != "weights"] == schedule("1f1b", stage, stages, rows)
     if rows >= stages:  # where a forward, a backward and its weights take different times
-        time, _ = simulate("zb-h1", stages, rows, forward=10, backward=12, weights=9)
-        assert time == rows * 31 + (stages - 1) * (10 + 12 - 9)
+        ended, _ = simulate("zb-h1", stages, rows, forward=10, backward=12, weights=9)
+        assert time_of(ended) == rows * 31 + (stages - 1) * (10 + 12 - 9)
 
 
 @pytest.mark.parametrize("stages", [2, 3, 4, 8])
 @pytest.mark.parametrize("parts", [2, 3, 4])
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 16, 23])
 def test_with_parts_stages_wait_for_less_by_their_number(stages, parts, rows):
-    time, most = simulate("1f1b", stages, rows, parts)
+    ended, most = simulate("1f1b", stages, rows, parts)
+    time = time_of(ended)
     assert time == (rows * parts + stages - 1) * 3 or rows < stages
     assert time == pytest.approx(rows * parts * 3 / (1 - bubble("1f1b", stages, rows, parts))) or rows < stages
     assert max(most) <= stages * 2 + (parts - 1) * (2 * stages - 1)
@@ -110,6 +119,53 @@ def test_messages_arrive_in_the_order_in_which_they_are_taken(kind, parts):
             assert [row for row, p in order[0] if p == part] == list(range(11))
         before = [(row, part + 1) for row, part in order[0] if part < parts - 1]  # around, to the next part
         assert before == [(row, part) for row, part in order[0] if part]
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4, 8])
+@pytest.mark.parametrize("kind, parts", [("gpipe", 1), ("1f1b", 1), ("zb-h1", 1), ("1f1b", 2), ("1f1b", 4)])
+def test_what_a_stage_waits_for_before_it_sends_more_was_taken_long_ago(kind, stages, parts):
+    """Else stages might wait for each other."""
+    rows = 6 * stages + 5
+    ended, _ = simulate(kind, stages, rows, parts)
+    for place in range(stages * parts):
+        sent = [  # when, and when its receiver began
+            (ended[place, action, row], ended[to, action, row] - (1 if action == "forward" or kind == "zb-h1" else 2))
+            for action, to in (("forward", place + 1), ("backward", place - 1))
+            for row in range(rows)
+            if 0 <= to < stages * parts
+        ]
+        sent.sort()
+        most = messages_at_a_time(stages)
+        assert len(sent) > most
+        assert all(taken < now for (_, taken), (now, _) in zip(sent, sent[most:], strict=False))
+
+
+def send_many(rows):
+    """One after the other through two stages: no more messages are kept than are said to be."""
+    mesh, model = init_mesh("cpu", ParallelConfig(pp=2), MODELS["tied"]), build_model(MODELS["tied"], "cpu")
+    init_weights(model, 0)
+    parallelize(model, mesh, TrainConfig())
+    kept, send = [], pp.Link._send
+    with mock.patch.object(pp.Link, "_send", lambda link, *x: (send(link, *x), kept.append(len(link.under_way)))):
+        forward_backward(model, [mt.Batch.pack([torch.arange(20)])] * rows, cross_entropy, 1.0, mesh)
+    assert max(kept) == 8 < rows == len(kept) and not model.link.under_way
+
+
+def test_a_stage_keeps_few_of_many_messages():
+    spawn(2, send_many, 20)
+
+
+def look_before_a_step(folder, layout):
+    """At the hidden states of a row, with gradients that nobody asks for."""
+    row = mt.Batch.pack([torch.arange(12)])
+    found = errors("llama", layout, folder, steps=2, spoil=lambda model: pp.run(model, row))
+    assert max(found.values()) < 1e-11, found
+
+
+def test_a_forward_that_no_step_has_asked_for_changes_no_gradients(tmp_path):
+    layout = ParallelConfig(pp=2, pp_schedule="zb-h1")
+    write_expected(tmp_path / "one", [("llama", layout)], steps=2)
+    spawn(2, look_before_a_step, tmp_path / "one", layout)
 
 
 def test_one_stage_does_a_row_after_the_other():
@@ -245,9 +301,13 @@ def test_a_row_has_its_gradients_of_weights_when_they_are_asked_for(recompute, c
             deferred.run()
             assert not any(p.grad.equal(of_two) for p, of_two in zip(linears, before, strict=True))
             assert not deferred.rows
+            deferred.close()
         assert all(got) and len(got) == len(rows) * sum(p.grad is not None for p in model.parameters())
         grads[is_deferred] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         assert graphs.pop("unique_graphs", 0) == (compiled == "on")  # of which all blocks make use
+        model.zero_grad()
+        model(rows[0]).sin().sum().backward()  # after what was deferred is over, as before it
+        grads[is_deferred] |= {f"{name} again": p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert_alike(grads[True], grads[False], 1e-5, recompute)
 
 
@@ -401,6 +461,14 @@ def test_more_stages_than_layers_are_refused():
     assert objections(too_many, 2, MODELS["tied"]) == ["parallel.pp * pp_parts=4 is more than num_hidden_layers=2"]
     assert objections(without, 1, MODELS["tied"]) == ['parallel.pp_parts=2 needs several stages and pp_schedule="1f1b"']
     assert objections(ParallelConfig(pp_schedule="zb-h1"), 1) == ['parallel.pp_schedule="zb-h1" needs several stages']
+
+
+def test_blocks_that_have_a_parameter_together_are_refused_where_each_would_train_its_own():
+    model = build_model(MODELS["tied"], "cpu")
+    model.layers["1"].mlp = model.layers["0"].mlp
+    mesh = Mesh(torch.device("cpu"), groups={"pp": Group(0, 2)})
+    with pytest.raises(UserError, match=r"pp: layers\.1\.mlp\.gate_proj\.weight is a parameter of another block, too"):
+        pp.apply_pp(model, mesh)
 
 
 def look_at_extras_and_ends(cfg):

@@ -357,8 +357,18 @@ def count_elements():
         assert sum(f.untyped_storage().nbytes() for f in opt.flats.values()) == (8 * total if zero < 3 else 0)
         assert sum(s.untyped_storage().nbytes() for s in opt.shards.values()) == 8 * (total if zero < 3 else total / 3)
         assert all(master.ndim == opt.params[name].ndim for name, master in opt.masters.items())
+        if zero < 3:  # a second run of the same model
+            opt.close()
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)  # which is no step's
+            shard_optimizer(model, plain_adamw, mesh, ParallelConfig(zero=zero)).close()
+            assert not any(hasattr(p, "unit") or p.grad is not None for p in model.parameters())
     with pytest.raises(UserError, match="shared out by an earlier run"):
         shard_optimizer(model, plain_adamw, mesh, ParallelConfig(zero=3))
+    tied = make_model(Case())
+    tied.layers["1"].mlp = tied.layers["0"].mlp
+    with pytest.raises(UserError, match=r"zero=3: layers\.1\.mlp\.gate_proj\.weight is a parameter of another block"):
+        shard_optimizer(tied, plain_adamw, mesh, ParallelConfig(zero=3))
     with pytest.raises(UserError, match=r'Muon needs whole matrices: say so .*make\.shard = "param"'):
         shard_optimizer(make_model(Case()), lambda p: OPTIMIZERS["muon"](p), mesh, ParallelConfig(zero=1))
     with pytest.raises(UserError, match="Adafactor needs whole matrices"):

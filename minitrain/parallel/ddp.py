@@ -79,6 +79,16 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     return {f"layers.{i}": block for i, block in getattr(model, "layers", {}).items()}
 
 
+def shared_by_blocks(model: nn.Module) -> str | None:
+    """The name of a parameter that another block has, too."""
+    owners = {}
+    for key, block in blocks_of(model).items():
+        for name, p in block.named_parameters(key):
+            if owners.setdefault(p, key) != key:
+                return name
+    return None
+
+
 def parts_of(model: nn.Module) -> list[nn.Module]:
     """Of a pipeline's stage (pp.py); most, and a model without one, are one part: the model itself."""
     return getattr(model, "parts", [model])
@@ -324,7 +334,7 @@ class Gradients:
         for hook in self.hooks:
             hook.remove()
         if self.deferred:
-            self.deferred.then.clear()
+            self.deferred.close()
 
 
 class _Pool:

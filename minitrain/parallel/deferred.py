@@ -28,12 +28,15 @@ class Deferred:
         self.rows = collections.deque()  # {block's key: [(weight, x, dy), ..]} of each row
         self.row = {key: [] for key in blocks_of(model)}  # the one whose forward runs
         self.one = torch.ones((), device="cpu", requires_grad=True)  # not the weight: its hooks would be called
-        model.register_forward_pre_hook(self._begin_row)
+        self.hooks = [model.register_forward_pre_hook(self._begin_row)]
+        self.linears = []
         for key, block in blocks_of(model).items():
             linears = {f"{key}.{name}": m for name, m in block.named_modules() if type(m) is nn.Linear}
             for linear in linears.values():
                 linear.__class__ = _Linear
-            block.register_forward_pre_hook(functools.partial(self._before_block, key, linears))
+            self.linears += linears.values()
+            before = functools.partial(self._before_block, key, linears)
+            self.hooks.append(block.register_forward_pre_hook(before))
 
     def _begin_row(self, _model: nn.Module, _args: tuple) -> None:
         self.row = {key: [] for key in self.row}
@@ -55,6 +58,13 @@ class Deferred:
                 _Product.apply(*row[key].pop()).backward()
             if key in self.then:
                 self.then[key]()
+
+    def close(self) -> None:
+        """Let go of the model: its Linears make all their gradients again."""
+        for hook in self.hooks:
+            hook.remove()
+        for linear in self.linears:
+            linear.aside = None
 
 
 class _Linear(nn.Linear):

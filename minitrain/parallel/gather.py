@@ -20,8 +20,18 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor, nn
 
+from minitrain.config import UserError
 from minitrain.parallel.comm import Lane
-from minitrain.parallel.ddp import Unit, around_blocks, blocks_of, first_of, keys_of, on_gradient, parts_of
+from minitrain.parallel.ddp import (
+    Unit,
+    around_blocks,
+    blocks_of,
+    first_of,
+    keys_of,
+    on_gradient,
+    parts_of,
+    shared_by_blocks,
+)
 from minitrain.parallel.window import Window
 
 
@@ -88,12 +98,17 @@ class ArrivingWeights(_Weights):
         self.settle()
         for hook in self.hooks:
             hook.remove()
+        for unit in self.units.values():
+            for p in unit.params.values():
+                del p.unit
 
 
 class GatheredWeights(_Weights):
     """A window has the shard. A flat has memory while the weights are there, at first not."""
 
     def __init__(self, model: nn.Module, units: dict[str, Unit], *tensors: dict):
+        if name := shared_by_blocks(model):
+            raise UserError(f"parallel.zero=3: {name} is a parameter of another block, too, and whole in one at a time")
         super().__init__(model, units, *tensors)
         self.shown: str | None = None
         self.views, self.blanks = {}, {}  # of each unit's parameters: their data while it is there, and while not

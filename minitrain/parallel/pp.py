@@ -18,6 +18,7 @@ PipeDream, doi:10.1145/3341301.3359646; parts (interleaved 1F1B): Narayanan et a
 ZB-H1: Qi et al. 2023, arXiv:2401.10241 (deferred.py).
 """
 
+import collections
 import copy
 import functools
 import itertools
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from minitrain.batch import Batch
 from minitrain.config import UserError
 from minitrain.parallel.comm import Group, broadcast, gather_objects, receive, send
-from minitrain.parallel.ddp import DENSE, parts_of
+from minitrain.parallel.ddp import DENSE, parts_of, shared_by_blocks
 from minitrain.parallel.deferred import Deferred
 from minitrain.parallel.mesh import ALONE, Mesh
 
@@ -39,6 +40,8 @@ def apply_pp(model: nn.Module, mesh: Mesh) -> None:
     """Leave this stage's blocks in the model; the embedding on the first stage, norm and head on the last."""
     if others := [name for name, _ in model.named_children() if name not in _PARTS]:
         raise UserError(f"parallel.pp: which stage has {others[0]}? It knows {', '.join(sorted(_PARTS))} only")
+    if name := shared_by_blocks(model):
+        raise UserError(f"parallel.pp: {name} is a parameter of another block, too, which may be on another stage")
     stage = mesh.group("pp")
     is_last, is_tied = stage.rank == stage.size - 1, model.lm_head.weight is model.embed_tokens.weight
     parts = share_blocks(_costs(model), stage.size * mesh.parts)[stage.rank :: stage.size]
@@ -132,6 +135,11 @@ def schedule(kind: str, stage: int, stages: int, rows: int, parts: int = 1) -> l
     return actions + [("weights", row, 0) for row in range(max(0, rows - stage), rows) if kind == "zb-h1"]
 
 
+def messages_at_a_time(stages: int) -> int:
+    """Of a part of a stage, which keeps what it sent until that is taken: so many that no schedule waits for one."""
+    return 4 * stages
+
+
 def bubble(kind: str, stages: int, rows: int, parts: int = 1) -> float:
     """The share of a step in which a stage waits, if a forward and each half of a backward take the same time.
 
@@ -160,7 +168,8 @@ class Link:
         around = mesh.group("pp_around"), mesh.group("pp_back_around")
         self.from_before, self.to_before = around if rank == 0 else ways
         self.to_after, self.from_after = around if rank == stages - 1 else ways
-        self.under_way = []  # messages, and their tensors
+        self.under_way = collections.deque()  # messages, and their tensors; at most:
+        self.most = messages_at_a_time(stages)
 
     def actions(self, rows: int) -> list[tuple[str, int, int]]:
         """Of this stage in a step."""
@@ -197,13 +206,17 @@ class Link:
 
     def _send(self, x: Tensor, to: int, group: Group) -> None:
         x = x.contiguous()
+        self._wait_for_all_but(self.most - 1)
         self.under_way.append((send(x, to, group), x))
+
+    def _wait_for_all_but(self, newest: int) -> None:
+        while len(self.under_way) > newest:
+            message, _ = self.under_way.popleft()
+            message.wait()
 
     def finish(self) -> None:
         """Until all that was sent has been taken."""
-        for message, _ in self.under_way:
-            message.wait()
-        self.under_way.clear()
+        self._wait_for_all_but(0)
 
     def from_last(self, model: nn.Module, named: dict[str, Tensor]) -> dict[str, Tensor]:
         """Scalars that the last stage has, on every stage."""

@@ -45,6 +45,7 @@ def shard_optimizer(
 
     fill: gives parameters of these names their values, where they have no memory before they are cut.
     """
+    model.zero_grad()  # what is there would be added to the first step's
     if mesh.size == 1 and not cfg.offload:
         return MasterOptimizer(model, make)
     return ShardedOptimizer(model, make, mesh, cfg, fill)
@@ -320,9 +321,8 @@ class ShardedOptimizer(MasterOptimizer):
 
     def _grad_norm(self) -> Tensor:
         self.with_gradient = self.gradients.finish()
-        firsts = [key for key, unit in self.units.items() if unit.replica.rank == unit.ends.rank == 0]
-        counted = self.gradients.tensors(firsts)  # each once in all ranks
-        counted = counted or [torch.zeros(1, dtype=self.gradients.dtype, device=self.mesh.device)]
+        keys = [key for key, unit in self.units.items() if unit.replica.rank == unit.ends.rank == 0]  # each counts once
+        counted = self.gradients.tensors(keys) or [torch.zeros(1, dtype=self.gradients.dtype, device=self.mesh.device)]
         norm = global_norm(counted).to(self.gradients.dtype)  # the same on all ranks, whatever they count
         return sum_equal(norm.square(), self.mesh.group("world")).sqrt()
 
