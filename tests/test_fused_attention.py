@@ -316,6 +316,15 @@ def test_many_heads_and_one(kernel):
         assert_as_good_as_bf16(run(kernel, batch), batch, f"heads {heads}")
 
 
+@gpu
+def test_parts_of_a_group_never_wait_for_one_that_does_not_begin(kernel):
+    """One long document and many short ones, whose parts all have a place near the beginning of the plan."""
+    batch = make([2048] + [100] * 20, heads=(32, 4), C=kernel.C)
+    for _ in range(20):
+        results = run(kernel, batch)
+    assert_as_good_as_bf16(results, batch, "32 heads on 4")
+
+
 # ---- documents
 
 LAYOUTS = {

@@ -275,10 +275,14 @@ def test_settings_of_another_model_than_the_pretrained_are_refused(corpus, tmp_p
 
 def test_settings_that_do_less_than_they_say_are_said_in_a_line(corpus, tmp_path, caplog):
     settings = {"data": {"held_out": 2}, "optim": {"warmup_steps": 3}}
-    train(tiny_run(corpus, tmp_path / "run", train={"steps": 3}, **settings))
-    warmup, held_out = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    cfg = tiny_run(corpus, tmp_path / "run", train={"steps": 3}, **settings)
+    model = build_model(cfg.model)
+    model.layers["0"].register_buffer("seen", torch.zeros(()))
+    train(cfg, model=model)
+    warmup, held_out, buffer = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
     assert warmup == "optim.warmup_steps=3: the learning rate does not reach optim.lr in train.steps=3"
     assert held_out.startswith("data.held_out=2: not trained on, and with train.validate_every=0 not validated on")
+    assert buffer.startswith("buffer layers.0.seen is persistent, but in no checkpoint")
     assert [row["lr"] for row in read_metrics(tmp_path / "run")] == pytest.approx([0.0025, 0.005, 0.0075])
     caplog.clear()
     train(tiny_run(corpus, tmp_path / "calm", train={"steps": 4, "validate_every": 4}, **settings))
