@@ -6,7 +6,6 @@ Everything here is a function of modules that you can import; who needs another 
 import contextlib
 import functools
 import logging
-import os
 import platform
 import shutil
 import subprocess
@@ -22,6 +21,7 @@ from minitrain.batch import Batch
 from minitrain.checkpoint import Checkpointer
 from minitrain.config import Config, UserError, to_toml
 from minitrain.data import PackedData
+from minitrain.deterministic import deterministic_if_asked
 from minitrain.hf import chat_template, find_folder, load_weights, save_pretrained
 from minitrain.metrics import Log
 from minitrain.models import build_model, init_weights, load_object, materialize
@@ -41,28 +41,7 @@ from minitrain.validate import mean_loss, validate
 log = logging.getLogger(__name__)
 
 
-def _deterministic_if_asked(train: Callable) -> Callable:
-    """Inside of it torch raises RuntimeError for an operation that has no deterministic algorithm."""
-
-    @functools.wraps(train)
-    def wrapped(cfg: Config, **parts) -> nn.Module:
-        if not cfg.train.deterministic:
-            return train(cfg, **parts)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS begins; else products may differ
-        flags = torch.utils.deterministic
-        before = torch.are_deterministic_algorithms_enabled(), flags.fill_uninitialized_memory
-        torch.use_deterministic_algorithms(True)
-        flags.fill_uninitialized_memory = False  # it finds bugs, and costs a pass over every tensor
-        try:
-            return train(cfg, **parts)
-        finally:
-            torch.use_deterministic_algorithms(before[0])
-            flags.fill_uninitialized_memory = before[1]
-
-    return wrapped
-
-
-@_deterministic_if_asked
+@deterministic_if_asked
 def train(
     cfg: Config,
     *,

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1] / "minitrain"
 # The two columns of floor 3 do not know each other: models, losses and optimizers are plain, parallel/ wraps them.
 FLOORS = [
     {"boxes", "config", "kernels"},
-    {"extension", "parallel.comm", "parallel.layout", "parallel.recompute", "signals", "storage"},
+    {"deterministic", "extension", "parallel.comm", "parallel.layout", "parallel.recompute", "signals", "storage"},
     {"fused_attention", "multi_tensor", "norm_rotate", "routed_rows", "shards", "batch", "parallel.mesh",
      "parallel.window", "pieces"},
     {"attention"},
