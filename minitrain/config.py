@@ -24,7 +24,11 @@ import tyro
 
 
 class UserError(ValueError):
-    """Something a person set or gave is wrong: its text says what, the rule, and the fix. The program exits with 2."""
+    """Something a person set or gave is wrong: its text says what, the rule, and the fix, in one line, whatever a file
+    has for names. The program exits with 2."""
+
+    def __str__(self) -> str:
+        return super().__str__().replace("\n", "\\n")
 
 
 @dataclass

@@ -177,6 +177,10 @@ def test_toml_round_trip(cfg, tmp_path):
     assert to_toml(back) == text
 
 
+def test_a_mistake_is_said_in_one_line_whatever_a_file_has_for_names():
+    assert str(UserError("of another model: it has a\nb")) == r"of another model: it has a\nb"
+
+
 def test_every_setting_has_a_sentence_a_type_and_a_default():
     """The sentence is the string below the field; --help is made of them."""
     sections = SourceConfig, DataConfig, OptimConfig, TrainConfig, ParallelConfig, CheckpointConfig, DecoderConfig

@@ -156,6 +156,7 @@ def check(cases, layouts, tmp_path):
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_any_layout_reads_its_own_part_and_writes_the_same_bits(tmp_path):
     check([(MOE, name) for name in OPTIMIZERS], LAYOUTS, tmp_path)
 
