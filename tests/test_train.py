@@ -119,6 +119,7 @@ def test_recompute_gives_the_same_gradients(cfg, recompute):
     assert all(torch.equal(grads[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_each_recompute_keeps_less_and_computes_again_what_it_says(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition"))
     model = random_model(Qwen3Config(**TINY))
