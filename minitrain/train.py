@@ -119,7 +119,8 @@ def _warn(cfg: Config, model: nn.Module) -> None:
     if cfg.data.held_out and not cfg.train.validate_every:
         log.warning("data.held_out=%s: not trained on, and with train.validate_every=0 not validated on either",
                     cfg.data.held_out)  # fmt: skip
-    if kept := [name for name, _ in model.named_buffers() if name in model.state_dict(keep_vars=True)]:
+    persistent = model.state_dict(keep_vars=True)
+    if kept := [name for name, _ in model.named_buffers() if name in persistent]:
         log.warning("buffer %s is persistent, but in no checkpoint or export: after a resume it begins anew", kept[0])
 
 

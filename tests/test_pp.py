@@ -35,11 +35,16 @@ SCHEDULES = ("1f1b", "gpipe", "zb-h1")
 # ---- schedules
 
 
+def times_of(kind):
+    """A backward's halves take as long as a forward."""
+    return {"forward": 1, "backward": 1 if kind == "zb-h1" else 2, "weights": 1}
+
+
 def simulate(kind, stages, rows, parts=1, **times):
     """Every stage does its actions in order, each as soon as what it needs is there. -> (when each ended, by its place,
     name and row; the most rows under way on each stage, to the end of what is done for them); AssertionError if they
     wait for each other."""
-    times = times or {"forward": 1, "backward": 1 if kind == "zb-h1" else 2, "weights": 1}
+    times = times or times_of(kind)
     last = "weights" if kind == "zb-h1" else "backward"
     plans = [schedule(kind, stage, stages, rows, parts) for stage in range(stages)]
     at, clocks, ended, most = [0] * stages, [0] * stages, {}, [0] * stages
@@ -129,7 +134,7 @@ def test_what_a_stage_waits_for_before_it_sends_more_was_taken_long_ago(kind, st
     ended, _ = simulate(kind, stages, rows, parts)
     for place in range(stages * parts):
         sent = [  # when, and when its receiver began
-            (ended[place, action, row], ended[to, action, row] - (1 if action == "forward" or kind == "zb-h1" else 2))
+            (ended[place, action, row], ended[to, action, row] - times_of(kind)[action])
             for action, to in (("forward", place + 1), ("backward", place - 1))
             for row in range(rows)
             if 0 <= to < stages * parts
