@@ -12,8 +12,8 @@
 namespace minitrain {
 namespace {
 
-constexpr int kThreads = 256, kVector = 4, kLoads = 4;  // elements; vectors of a thread, loaded together
-constexpr int kChunk = kThreads * kVector * kLoads;
+constexpr int kThreads = 256, kVector = 4;  // elements of a thread
+constexpr int kChunk = kThreads * kVector;
 using List = TensorList<AdamWTensor>;
 
 struct Numbers {
@@ -97,34 +97,21 @@ __global__ void __launch_bounds__(kThreads)
     const Rates rates = {1.0f / *numbers.grad_scale, numbers.lr / correction1, rsqrtf(correction2)};
     // Of random bits: another in each step and tensor.
     const uint64_t seed = mix((uint64_t(step) << 32) + list.first + (&t - list.tensors)) << 1;
-    const int64_t start = int64_t(cta) * kChunk;
-    const int64_t whole = t.numel / kVector * kVector;  // in vectors; under kVector elements are left
-
-    float4 grad[kLoads], param[kLoads], mean[kLoads], square[kLoads];
-#pragma unroll
-    for (int k = 0; k < kLoads; ++k) {
-        const int64_t i = start + (k * kThreads + threadIdx.x) * kVector;
-        if (i >= whole) continue;
-        grad[k] = load4(t.grad, i, t.grad_is_bf16);
-        param[k] = load4(t.param, i, false);
-        mean[k] = load4(t.mean, i, kIsBf16);
-        square[k] = load4(t.square, i, kIsBf16);
+    int64_t i = int64_t(cta) * kChunk + threadIdx.x * kVector;
+    if (i + kVector <= t.numel) {
+        const float4 grad = load4(t.grad, i, t.grad_is_bf16);
+        float4 param = load4(t.param, i, false), mean = load4(t.mean, i, kIsBf16), square = load4(t.square, i, kIsBf16);
+        update(numbers, rates, grad.x, param.x, mean.x, square.x);
+        update(numbers, rates, grad.y, param.y, mean.y, square.y);
+        update(numbers, rates, grad.z, param.z, mean.z, square.z);
+        update(numbers, rates, grad.w, param.w, mean.w, square.w);
+        __stcs(reinterpret_cast<float4*>(t.param + i), param);
+        store_moments<kIsBf16>(t.mean, i, mean, mix(2 * i + seed));
+        store_moments<kIsBf16>(t.square, i, square, mix(2 * i + 1 + seed));
+        if (t.rounded) store_rounded(t.rounded, i, param);
+        return;
     }
-#pragma unroll
-    for (int k = 0; k < kLoads; ++k) {
-        const int64_t i = start + (k * kThreads + threadIdx.x) * kVector;
-        if (i >= whole) continue;
-        update(numbers, rates, grad[k].x, param[k].x, mean[k].x, square[k].x);
-        update(numbers, rates, grad[k].y, param[k].y, mean[k].y, square[k].y);
-        update(numbers, rates, grad[k].z, param[k].z, mean[k].z, square[k].z);
-        update(numbers, rates, grad[k].w, param[k].w, mean[k].w, square[k].w);
-        __stcs(reinterpret_cast<float4*>(t.param + i), param[k]);
-        store_moments<kIsBf16>(t.mean, i, mean[k], mix(2 * i + seed));
-        store_moments<kIsBf16>(t.square, i, square[k], mix(2 * i + 1 + seed));
-        if (t.rounded) store_rounded(t.rounded, i, param[k]);
-    }
-    const int64_t i = whole + threadIdx.x;
-    if (whole < start + kChunk && i < t.numel) {  // in the last CTA of a tensor
+    for (; i < t.numel; ++i) {  // the tensor's last elements, fewer than a vector
         float mean = load(t.mean, i, kIsBf16), square = load(t.square, i, kIsBf16);
         update(numbers, rates, load(t.grad, i, t.grad_is_bf16), t.param[i], mean, square);
         store_moment<kIsBf16>(t.mean, i, mean, mix(2 * i + seed));

@@ -213,14 +213,15 @@ PYBIND11_MODULE(kernels, m) {
     m.def(
         "norm_rotate_backward",
         [of](int tokens, int heads, int head_dim, Packed x, uintptr_t weight, uintptr_t cos, uintptr_t sin, float eps,
-             Packed d_out, uintptr_t dx, uintptr_t weight_grads, int num_parts, int device, uintptr_t stream) {
+             Packed d_out, uintptr_t dx, uintptr_t weight_grad, uintptr_t parts, int num_parts, int device,
+             uintptr_t stream) {
             minitrain::norm_rotate_backward(of(tokens, heads, head_dim, x, weight, cos, sin, eps), d_out,
-                                            pointer<void>(dx), pointer<float>(weight_grads), num_parts, device,
-                                            stream_of(stream));
+                                            pointer<void>(dx), pointer<void>(weight_grad), pointer<float>(parts),
+                                            num_parts, device, stream_of(stream));
         },
         py::arg("tokens"), py::arg("heads"), py::arg("head_dim"), py::arg("x"), py::arg("weight"), py::arg("cos"),
-        py::arg("sin"), py::arg("eps"), py::arg("d_out"), py::arg("dx"), py::arg("weight_grads"), py::arg("num_parts"),
-        py::arg("device"), py::arg("stream"));
+        py::arg("sin"), py::arg("eps"), py::arg("d_out"), py::arg("dx"), py::arg("weight_grad"), py::arg("parts"),
+        py::arg("num_parts"), py::arg("device"), py::arg("stream"));
 
     // Rows of tokens to the order of experts and back: kernels/routed_rows.h.
     using minitrain::RoutedRows;

@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const NormRotate args
 // With n = x / rms, y = weight n and dn = weight dy: dx = (dn - n mean(dn n)) / rms, d weight = sum of dy n.
 template <int C>
 __global__ void __launch_bounds__(kThreads, 2)
-    backward_kernel(const NormRotate args, const Packed d_out, bf16* dx, float* weight_grads) {
+    backward_kernel(const NormRotate args, const Packed d_out, bf16* dx, float* parts) {
     constexpr int kLanes = C / 16, kHeads = 32 / kLanes;
     const int lane = threadIdx.x % kLanes;
     const Pairs weight = load<C>(static_cast<const bf16*>(args.weight), lane);
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
     }
     // The weight's gradient: over the heads of a warp, then over the warps.
-    __shared__ float parts[kWarps][C];
+    __shared__ float of_warp[kWarps][C];
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
 #pragma unroll
@@ -142,16 +142,29 @@ __global__ void __launch_bounds__(kThreads, 2)
             grad.b[i] += __shfl_xor_sync(~0u, grad.b[i], step);
         }
         if (threadIdx.x % 32 < kLanes) {
-            parts[threadIdx.x / 32][kEach * lane + i] = grad.a[i];
-            parts[threadIdx.x / 32][C / 2 + kEach * lane + i] = grad.b[i];
+            of_warp[threadIdx.x / 32][kEach * lane + i] = grad.a[i];
+            of_warp[threadIdx.x / 32][C / 2 + kEach * lane + i] = grad.b[i];
         }
     }
     __syncthreads();
     if (threadIdx.x < C) {
         float sum = 0.0f;
-        for (int w = 0; w < kWarps; ++w) sum += parts[w][threadIdx.x];
-        weight_grads[blockIdx.x * C + threadIdx.x] = sum;
+        for (int w = 0; w < kWarps; ++w) sum += of_warp[w][threadIdx.x];
+        parts[blockIdx.x * C + threadIdx.x] = sum;
     }
+}
+
+// out (C,): sums over parts (num_parts, C). A CTA has 32 channels, a warp of it every 32nd part.
+__global__ void __launch_bounds__(1024) sum_kernel(const float* parts, int num_parts, bf16* out) {
+    __shared__ float of_warp[32][32];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, channels = gridDim.x * 32;
+    float sum = 0.0f;
+    for (int part = warp; part < num_parts; part += 32) sum += parts[part * channels + blockIdx.x * 32 + lane];
+    of_warp[warp][lane] = sum;
+    __syncthreads();
+    if (warp > 0) return;
+    for (int w = 1; w < 32; ++w) sum += of_warp[w][lane];
+    out[blockIdx.x * 32 + lane] = __float2bfloat16_rn(sum);
 }
 
 // call(std::integral_constant<int, C>) for the C that args has.
@@ -184,11 +197,12 @@ void norm_rotate(const NormRotate& args, void* out, int device, cudaStream_t str
 
 int norm_rotate_num_parts(int device) { return 2 * num_processors(device); }
 
-void norm_rotate_backward(const NormRotate& args, const Packed& d_out, void* dx, float* weight_grads, int num_parts,
-                          int device, cudaStream_t stream) {
+void norm_rotate_backward(const NormRotate& args, const Packed& d_out, void* dx, void* weight_grad, float* parts,
+                          int num_parts, int device, cudaStream_t stream) {
     const OnDevice guard(device);
     for_head_dim(args, "norm_rotate_backward", [&](auto C) {
-        backward_kernel<C><<<num_parts, kThreads, 0, stream>>>(args, d_out, static_cast<bf16*>(dx), weight_grads);
+        backward_kernel<C><<<num_parts, kThreads, 0, stream>>>(args, d_out, static_cast<bf16*>(dx), parts);
+        sum_kernel<<<C / 32, 1024, 0, stream>>>(parts, num_parts, static_cast<bf16*>(weight_grad));
     });
 }
 

@@ -21,9 +21,9 @@ struct NormRotate {
 // out (T, H, C) bf16
 void norm_rotate(const NormRotate& args, void* out, int device, cudaStream_t stream);
 
-// dx (T, H, C) bf16. weight_grads (num_parts, C) fp32: their sum over parts is the weight's gradient.
+// dx (T, H, C) and weight_grad (C,) bf16. parts (num_parts, C) fp32: memory for the terms of the weight's gradient.
 int norm_rotate_num_parts(int device);
-void norm_rotate_backward(const NormRotate& args, const Packed& d_out, void* dx, float* weight_grads, int num_parts,
-                          int device, cudaStream_t stream);
+void norm_rotate_backward(const NormRotate& args, const Packed& d_out, void* dx, void* weight_grad, float* parts,
+                          int num_parts, int device, cudaStream_t stream);
 
 }  // namespace minitrain

@@ -35,9 +35,9 @@ def norm_rotate_bwd(
     d_out_THC: Tensor, x_THC: Tensor, weight_C: Tensor, cos_TC2: Tensor, sin_TC2: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """-> dx (T, H, C), d_weight (C,)."""
-    dx_THC = x_THC.new_empty(x_THC.shape)
+    dx_THC, d_weight_C = x_THC.new_empty(x_THC.shape), torch.empty_like(weight_C)
     if not dx_THC.numel():
-        return dx_THC, torch.zeros_like(weight_C)
+        return dx_THC, d_weight_C.zero_()
     d_out_THC, x_THC = addressable(d_out_THC), addressable(x_THC)
     parts_PC = cos_TC2.new_empty(kernels.norm_rotate_num_parts(x_THC.device.index), len(weight_C))
     kernels.norm_rotate_backward(
@@ -45,10 +45,11 @@ def norm_rotate_bwd(
         eps=eps,
         d_out=packed(d_out_THC),
         dx=dx_THC.data_ptr(),
-        weight_grads=parts_PC.data_ptr(),
+        weight_grad=d_weight_C.data_ptr(),
+        parts=parts_PC.data_ptr(),
         num_parts=len(parts_PC),
     )
-    return dx_THC, parts_PC.sum(0).to(weight_C.dtype)
+    return dx_THC, d_weight_C
 
 
 def _arguments(x_THC, weight_C, cos_TC2, sin_TC2):

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, fields
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minitrain.config import Config, ParallelConfig, UserError
 from minitrain.loss import piece_rows
@@ -97,7 +97,7 @@ def _of_stage(cfg: Config, ranks: int, stage: Group) -> Memory:
         elif not is_local(unit):
             flat += _WIDE * unit.numel
     gradients = flat + of_local * (_WIDE if rows > 1 else width)
-    whole_block, kept = (width * _kept_by_block(cfg, model, recompute) for recompute in ("none", cfg.train.recompute))
+    whole_block, kept = (width * _kept_by_block(cfg, recompute) for recompute in ("none", cfg.train.recompute))
     deferred = width * _deferred_by_block(cfg) if parallel.pp_schedule == "zb-h1" else 0
     changes = {"forward": kept, "backward": deferred - kept, "weights": -deferred}
     of_rows = max(itertools.accumulate(changes[action] for action, *_ in actions))
@@ -179,7 +179,7 @@ def _deferred_by_block(cfg: Config) -> int:
     return _tokens(cfg) * (2 * D + 2 * q + 2 * kv + (0 if experts else 2 * D + 3 * inner))
 
 
-def _kept_by_block(cfg: Config, model: nn.Module, recompute: str) -> int:
+def _kept_by_block(cfg: Config, recompute: str) -> int:
     """Elements of a row."""
     D, q, kv, inner, experts = _widths(cfg)
     tp, T = cfg.parallel.tp, _tokens(cfg)
@@ -190,9 +190,7 @@ def _kept_by_block(cfg: Config, model: nn.Module, recompute: str) -> int:
         return stream + T * q
     if recompute == "none":  # the residual stream and its norm, twice; q and k before and after RoPE; SwiGLU's
         return 2 * stream + T * (2 * D + 3 * q + kv + 3 * inner + 2 * experts * D) + 2 * _keys(cfg) * kv
-    has_norms = any("q_norm" in name for name, _ in model.named_parameters())
     products = T * (2 * q + 2 * kv + D + 2 * inner + experts * D)  # results of matrix products, and of attention
-    products += T * (q + kv) if has_norms else 0  # after norm_rotate
     products += T * D if tp > 1 and not experts else 0  # of the last one, before ranks add theirs up
     products += T * experts * D if cfg.parallel.ep > 1 else 0  # rows that came for the experts
     return stream + products

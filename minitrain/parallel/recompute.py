@@ -2,8 +2,8 @@
 
             computes again                              keeps
     none    what the compiler finds cheap               the rest
-    cheap   pointwise operations, norms, copies         results of matrix products, sorts, attention, norm_rotate,
-                                                        and of the exchange of rows with other ranks' experts
+    cheap   pointwise operations, norms, RoPE, copies   results of matrix products, sorts, attention, and of the
+                                                        exchange of rows with other ranks' experts
     block   all but attention and the choice of experts the block's input, attention's results, who goes where
     full    all                                         the block's input
 
@@ -21,7 +21,6 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 _ROUTING = {"aten::topk", "aten::sort", "minitrain::exchange_counts"}  # few bytes; the host waits for the last
 _COSTLY = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "_grouped_mm")} | _ROUTING
 _COSTLY |= {"minitrain::rows_to_ranks", "minitrain::rows_from_ranks"}
-_COSTLY |= {"minitrain::norm_rotate"}  # of what is left it takes most of the time: half of what "cheap" would cost
 
 
 def _is_attention(op) -> bool:
