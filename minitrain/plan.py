@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, fields
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minitrain.config import Config, ParallelConfig, UserError
 from minitrain.loss import piece_rows
@@ -111,7 +111,7 @@ def _of_stage(cfg: Config, ranks: int, stage: Group) -> Memory:
         activations=of_rows * len(model.layers) // parallel.pp_parts + messages,
         loss=_loss_bytes(model.lm_head.weight, _tokens(cfg), width) if model.lm_head is not None else 0,
         block=2 * whole_block - kept,
-        buffers=_buffers(units, parallel, width),
+        buffers=_buffers(model, units, parallel, width),
         early=gradients if rows > 1 else flat,
         host=state * sum(away),
     )
@@ -133,12 +133,12 @@ def _mesh(cfg: Config, ranks: int, stage: Group) -> Mesh:
     )
 
 
-def _buffers(units: dict[str, Unit], parallel: ParallelConfig, width: int) -> int:
+def _buffers(model: nn.Module, units: dict[str, Unit], parallel: ParallelConfig, width: int) -> int:
     """Of units that ranks of one host share out: whole weights under ZeRO 3, a row's gradients under ZeRO 2 and 3."""
     if parallel.zero < 2:
         return 0
     shared = {key: unit for key, unit in units.items() if unit.shard.size > 1}
-    buffers = row_buffers(shared, parallel.pp_schedule == "zb-h1")
+    buffers = row_buffers(model, shared, parallel.pp_schedule == "zb-h1")
     rows = sum(numel * count for (numel, _), count in buffers.items())
     rows = width * (rows + max((unit.numel for unit in shared.values()), default=0))  # and what comes of other ranks
     if parallel.zero == 2:

@@ -28,7 +28,7 @@ from minitrain.models import build_model, init_weights, load_object, materialize
 from minitrain.models.layers import DecoderConfig
 from minitrain.optim import adamw, lr_at
 from minitrain.parallel import compute_dtype, parallelize
-from minitrain.parallel.comm import sum_equal
+from minitrain.parallel.comm import sum_named
 from minitrain.parallel.cp import share_tokens
 from minitrain.parallel.ddp import parts_of
 from minitrain.parallel.mesh import ALONE, Mesh, init_mesh
@@ -172,9 +172,8 @@ def forward_backward(
     for part in parts:
         link_of(part).finish()
     link = link_of(parts[-1])
-    if link.is_last and mesh.group("data").size > 1:
-        values = sum_equal(torch.stack(list(sums.values())), mesh.group("data"))
-        sums = dict(zip(sums, values, strict=True))
+    if link.is_last:
+        sums = sum_named(sums, mesh.group("data"))
     extras = link.from_last(model, sums)
     return extras.pop(""), extras
 

@@ -2,12 +2,13 @@
 
 import contextlib
 import copy
+import functools
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, tiny_run
+from conftest import TINY, read_metrics, tiny_run
 from torch import nn
 
 from minitrain import multi_tensor
@@ -19,7 +20,7 @@ from minitrain.models.llama import LlamaConfig
 from minitrain.models.qwen3 import Qwen3Config
 from minitrain.models.qwen3_moe import Qwen3MoeConfig
 from minitrain.multi_tensor import add_, global_norm
-from minitrain.optim import adamw, lr_at, muon, orthogonalize
+from minitrain.optim import adamw, lr_at, muon, orthogonalize, scalars_on
 from minitrain.parallel.zero import MasterOptimizer
 from minitrain.train import forward_backward, train
 
@@ -425,6 +426,25 @@ def test_the_same_row_four_times_is_the_row_once_with_router_losses_too():
     _, once = gradients(model, [batch])
     _, four_times = gradients(model, [batch] * 4)
     assert_gradients_close(four_times, once)
+
+
+def test_counts_of_steps_are_put_where_the_optimizer_keeps_them():
+    """torch's AdamW would else wait for the device in each step, for each of them."""
+    p, device = nn.Parameter(torch.zeros(2, 2)), torch.device("meta")
+    others = torch.optim.AdamW, torch.optim.NAdam
+    assert all(scalars_on(make([p]), p, device).type == "cpu" for make in others)
+    kept = functools.partial(torch.optim.AdamW, fused=True), adamw(OptimConfig()), muon(OptimConfig(), 7)
+    assert all(scalars_on(make([p]), p, device) == device for make in kept)
+
+
+def test_a_run_that_is_resumed_may_freeze_parameters(corpus, tmp_path):
+    cfg = tiny_run(corpus, tmp_path, train={"steps": 2})
+    train(cfg)
+    cfg.train.steps = 4
+    model = build_model(cfg.model)
+    model.layers["0"].requires_grad_(False)
+    train(cfg, model=model)
+    assert len(read_metrics(tmp_path)) == 4
 
 
 def test_extras_are_scaled_and_summed_as_the_loss_is():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 from unittest import mock
 
 import pytest
@@ -22,7 +23,7 @@ from minitrain.loss import cross_entropy
 from minitrain.models import build_model, init_weights, materialize
 from minitrain.parallel import parallelize, pp
 from minitrain.parallel.comm import Group
-from minitrain.parallel.ddp import on_gradient
+from minitrain.parallel.ddp import Gradients, on_gradient
 from minitrain.parallel.deferred import Deferred
 from minitrain.parallel.layout import objections
 from minitrain.parallel.mesh import ALONE, Mesh, init_mesh
@@ -474,6 +475,18 @@ def test_blocks_that_have_a_parameter_together_are_refused_where_each_would_trai
     mesh = Mesh(torch.device("cpu"), groups={"pp": Group(0, 2)})
     with pytest.raises(UserError, match=r"pp: layers\.1\.mlp\.gate_proj\.weight is a parameter of another block, too"):
         pp.apply_pp(model, mesh)
+
+
+def train_and_look_for_gradients(cfg):
+    model = mt.train(cfg)
+    gc.collect()
+    assert not [x for x in gc.get_objects() if isinstance(x, Gradients)]
+    return model
+
+
+def test_a_model_whose_weights_gradients_were_deferred_keeps_no_memory_of_gradients(corpus, tmp_path):
+    layout = {"pp": 2, "pp_schedule": "zb-h1"}
+    spawn(2, train_and_look_for_gradients, tiny_run(corpus, tmp_path, train={"steps": 2}, parallel=layout))
 
 
 def look_at_extras_and_ends(cfg):

@@ -395,14 +395,52 @@ def sum_in_bf16():
     of_rows = [sums([row]) for row in rows]
     assert all(t.dtype == torch.bfloat16 for of_row in of_rows for t in of_row.values())
     assert all(of_row["layers.0"].any() for of_row in of_rows)
-    for _ in range(2):
-        for key, total in sums(rows).items():
-            torch.testing.assert_close(total, sum(of_row[key].float() for of_row in of_rows), rtol=0.02, atol=1e-3)
+    first, second = sums(rows), sums(rows)
+    for key, total in first.items():
+        torch.testing.assert_close(total, sum(of_row[key].float() for of_row in of_rows), rtol=0.02, atol=1e-3)
+        assert total.equal(second[key]), key  # a run that is resumed begins with a first step
     assert all(t.dtype == torch.float32 and t.bfloat16().equal(of_rows[0][key]) for key, t in sums(rows[:1]).items())
 
 
 def test_sums_over_ranks_are_kept_in_bf16_for_one_row_and_in_fp32_for_more():
     spawn(2, sum_in_bf16)
+
+
+def sum_extras():
+    """Each rank has its own extra, and one that both have in another order."""
+    mesh, model = init_mesh("cpu", ParallelConfig()), make_model(Case())
+
+    def loss_fn(hidden_TD, head, batch):
+        extras = [("both", 1.0), (f"of rank {mesh.rank}", 10.0 + mesh.rank)]
+        return plain_loss(hidden_TD, head, batch)[0], dict(reversed(extras) if mesh.rank else extras)
+
+    _, extras = forward_backward(model, make_rows(mesh.rank, 1), loss_fn, 1.0, mesh)
+    assert {name: x.item() for name, x in extras.items()} == {"both": 2, "of rank 0": 10, "of rank 1": 11}
+
+
+def test_extras_of_ranks_are_summed_by_their_names():
+    spawn(2, sum_extras)
+
+
+def take_windows():
+    """A parameter as large as the norm behind the blocks, of which one rank alone has gradients."""
+    parallel = ParallelConfig(2)
+    mesh, model = init_mesh("cpu", parallel), make_model(Case())
+    model.value = nn.Linear(SIZES["hidden_size"], 1, bias=False, dtype=torch.float64)
+    opt = shard_optimizer(model, sgd, mesh, parallel)
+    pools = opt.gradients.pools
+    made = {kind: len(pool.free) for kind, pool in pools.items()}
+
+    def loss_fn(hidden_TD, head, batch):
+        loss, extras = plain_loss(hidden_TD, head, batch)
+        return loss + (model.value(hidden_TD).square().sum() if mesh.rank == 0 else 0), extras
+
+    forward_backward(model, make_rows(mesh.rank, 1), loss_fn, 1.0, mesh, opt.backward)
+    assert {kind: len(pool.free) for kind, pool in pools.items()} == made
+
+
+def test_no_rank_needs_more_windows_than_it_made_at_first():
+    spawn(2, take_windows)
 
 
 def fill_by_unit(folder):
@@ -572,6 +610,24 @@ def test_a_run_goes_on_under_any_stage_on_any_number_of_ranks(corpus, tmp_path):
 
 
 # ---- on GPUs, over NCCL
+
+
+def train_with_owners(cfg):
+    train(cfg, optimizer=muon(cfg.optim, cfg.model.vocab_size))
+
+
+@pytest.mark.gpu
+def test_owners_on_gpus_go_on_with_what_is_in_host_memory(corpus, tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    layout = {"zero": 1, "offload": "optimizer"}
+    for name, ends in {"at once": [4], "in two": [2, 4]}.items():
+        for steps in ends:
+            cfg = tiny_run(corpus, tmp_path / name, train={"steps": 4, "device": "auto"}, parallel=layout)
+            cfg.data.rows_per_step, cfg.optim.schedule, cfg.train.steps = 2, "constant", steps
+            spawn(2, train_with_owners, cfg, device="cuda")
+    losses, again = ([row["loss"] for row in read_metrics(tmp_path / name)] for name in ("at once", "in two"))
+    assert losses == pytest.approx(again, rel=1e-3)
 
 
 @pytest.mark.gpu

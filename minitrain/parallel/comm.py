@@ -5,6 +5,7 @@ rank's is shard number `group.rank`.
 """
 
 import contextlib
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -124,6 +125,16 @@ def receive(x: Tensor, source: int, group: Group) -> None:
 def sum_equal(values: Tensor, group: Group) -> Tensor:
     """Sum over the ranks, added in their order: the same bits on every rank, whatever the algorithm of a reduction."""
     return values if group.size == 1 else gather_equal(values, group).sum(0)
+
+
+def sum_named(values: dict[str, Tensor], group: Group) -> dict[str, Tensor]:
+    """Scalars, of which a rank may lack some, summed by their names; there is at least one, of the wanted dtype."""
+    if group.size == 1:
+        return values
+    names = list(dict.fromkeys(itertools.chain(*gather_objects(list(values), group))))
+    first = next(iter(values.values()))
+    mine = [values.get(name, torch.zeros_like(first)).to(first.dtype) for name in names]
+    return dict(zip(names, sum_equal(torch.stack(mine), group), strict=True))
 
 
 class Lane:

@@ -144,15 +144,19 @@ def is_local(unit: Unit) -> bool:
     return unit.shard.size == unit.replica.size == unit.ends.size == 1
 
 
-def row_buffers(units: dict[str, Unit], is_deferred: bool) -> dict[tuple[int, Group], int]:
+def row_buffers(model: nn.Module, units: dict[str, Unit], is_deferred: bool) -> dict[tuple[int, Group], int]:
     """{(elements of a unit, who cut it): windows for a row's gradients}: one is read while the next block fills one.
 
-    What is outside of the blocks comes at the ends of backward, and shares one. is_deferred: each block has one, with
-    gradients of its norms while it waits for those of weights.
+    What is outside of the blocks comes at the two ends of backward, and shares them. is_deferred: each block has one,
+    with gradients of its norms while it waits for those of weights. No rank needs more, whatever it has gradients of:
+    ranks make a window together, and one that makes another would wait for the rest.
     """
-    blocks = Counter((unit.numel, unit.shard) for key, unit in units.items() if key.startswith("layers."))
-    kinds = ((unit.numel, unit.shard) for unit in units.values())
-    return {kind: (blocks[kind] if is_deferred else 2) if kind in blocks else 1 for kind in kinds}
+    ahead, behind = around_blocks(model, units)
+    places = ahead, behind, [key for key in units if key not in {*ahead, *behind}]
+    ahead, behind, blocks = (Counter((units[key].numel, units[key].shard) for key in keys) for keys in places)
+    if not is_deferred:
+        blocks = Counter(dict.fromkeys(blocks, 2))
+    return ahead | behind | blocks  # of each kind the most
 
 
 def added(total: Tensor | None, grad: Tensor) -> Tensor:
@@ -194,7 +198,7 @@ class Gradients:
         self.pools = {}
         self.deferred = getattr(model, "deferred", None)
         shared = {key: units[key] for key in units if key in self.keeps_shard}
-        for (numel, group), count in row_buffers(shared, self.deferred is not None).items():
+        for (numel, group), count in row_buffers(model, shared, self.deferred is not None).items():
             make = functools.partial(Window, numel, next(iter(units.values())).dtype, mesh.device, group)
             self.pools[numel, group] = _Pool(make, count, self.lane)
         self.of_part = {}  # the units of each part of the model
@@ -269,9 +273,9 @@ class Gradients:
                 with self.lane.beside():
                     is_first, sums = key not in self.held, self.flat[key].to(self.dtype)
                     add_(sums, row.terms(self.reduce_dtype), is_first)
-                    if is_first:
+                    if is_first and self.is_last:
                         self.flat[key].copy_(sums)
-                    else:  # kept in fp32 from here on
+                    else:  # of more rows: kept in fp32 from here on
                         self.sums[key] = self.flat[key] = sums
                     if self.is_last:
                         self._all_reduce(self.flat[key], unit.replica)

@@ -65,6 +65,7 @@ class Deferred:
             hook.remove()
         for linear in self.linears:
             linear.aside = None
+        self.then.clear()
 
 
 class _Linear(nn.Linear):

@@ -118,13 +118,11 @@ class HostState:
         torch.get_device_module(self.device).synchronize()
 
     def place(self) -> None:
-        """State that was loaded, where step() expects it: in our memory, and scalars on the device."""
+        """State that was loaded, where step() expects it: in our memory."""
         for portion in self.portions:
             loaded = {place: t for place, t in self._tensors(portion).items() if place[1]}
             for place, copy in zip(loaded, self.memory.copy([*loaded.values()]), strict=True):
                 self._put(*place, copy)
-            for state in (self.optimizer.state.get(master, {}) for master in portion):
-                state.update({key: value.to(self.device) for key, value in state.items() if not value.ndim})
 
     def _bring(self, masters: list[nn.Parameter]):
         with self.there.beside():

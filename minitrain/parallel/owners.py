@@ -34,9 +34,9 @@ class Owners:
         return {n: torch.cat([of_rank[i] for of_rank in pieces]) for i, n in enumerate(self._names(key, me))}
 
     def hand_out(self, key: str, owned: dict[str, Tensor], shard: Tensor) -> None:
-        """The inverse: fills this rank's shard, in its dtype, from what the ranks own."""
+        """The inverse: fills this rank's shard, in its dtype and where it is, from what the ranks own."""
         unit, me, ranks = self.units[key], self.units[key].shard.rank, range(self.units[key].shard.size)
-        flat = {n: owned[n].to(shard.dtype).flatten() for n in self._names(key, me)}
+        flat = {n: owned[n].to(shard).flatten() for n in self._names(key, me)}
         send = [self._cat([f[slice(*unit.span(n, r))] for n, f in flat.items()], shard) for r in ranks]
         sizes = [[unit.numel_of(n, me) for n in self._names(key, r)] for r in ranks]
         got = all_to_all(send, [sum(of_rank) for of_rank in sizes], unit.shard)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from minitrain.boxes import part_of
 from minitrain.config import ParallelConfig, UserError
 from minitrain.multi_tensor import global_norm
+from minitrain.optim import scalars_on
 from minitrain.parallel.comm import Group, shard_of, sum_equal
 from minitrain.parallel.ddp import DENSE, Gradients, Unit, added, first_of, make_units
 from minitrain.parallel.gather import ArrivingWeights, GatheredWeights
@@ -62,13 +63,13 @@ class MasterOptimizer:
     """
 
     host: HostState | None = None  # of offloaded masters and states
+    grad_scale = broken = None  # 0-d fp32: divides the gradients; 1 once something was no number
 
     def __init__(self, model: nn.Module, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]):
         self.params = dict(model.named_parameters())
         self.masters = {name: _master(p) for name, p in self.params.items()}  # a frozen parameter is its own
         self.optimizer = make([master for master in self.masters.values() if master.requires_grad])
         self.settings = [_numbers(group) for group in self.optimizer.param_groups]
-        self.grad_scale = self.broken = None  # 0-d fp32: divides the gradients; 1 once something was no number
         self.hooks = [
             p.register_post_accumulate_grad_hook(_grad_mover(self.masters[name]))
             for name, p in self.params.items()
@@ -175,7 +176,7 @@ class MasterOptimizer:
         for full_name, (_, shape) in tensors.items():
             kind, _, rest = full_name.partition(".")
             name, _, key = rest.rpartition(".")
-            if kind == "optimizer" and name in self.masters:
+            if kind == "optimizer" and name in self.masters and self.masters[name].requires_grad:
                 master, part = self.masters[name], part_of(self.params[name])
                 is_piece = self._is_part(name) and len(shape) > 0
                 if is_piece and shape != part.shape:
@@ -183,7 +184,7 @@ class MasterOptimizer:
                         f"{full_name} has shape {tuple(shape)}: it cannot be cut as {name} is on these ranks"
                     )
                 value = read(full_name, part.box, *self._span(name)) if is_piece else read(full_name)
-                on = value.device if not shape and not master.is_cuda else master.device
+                on = master.device if shape else scalars_on(self.optimizer, master, self.params[name].device)
                 self.optimizer.state[master][key] = value.view(master.shape if is_piece else shape).to(on, copy=True)
         for full_name in self.tensors():
             name = full_name.removeprefix("model.")
@@ -287,7 +288,6 @@ class ShardedOptimizer(MasterOptimizer):
         if self.host:
             self.portions = [[key] for key in self.units]
         self.gradients = Gradients(model, self.units, mesh, cfg.zero, getattr(torch, cfg.reduce_dtype))
-        self.grad_scale = self.broken = None
 
     def _make_masters(self, unit: Unit) -> dict[str, nn.Parameter]:
         masters = {}
