@@ -157,6 +157,8 @@ class TrainConfig:
     def __post_init__(self):
         _at_least(1, train__steps=self.steps, train__log_every=self.log_every)
         _at_least(0, train__validate_every=self.validate_every)
+        if not -(1 << 63) <= self.seed < 1 << 63:
+            raise UserError(f"train.seed={self.seed}: must be in -2**63 .. 2**63 - 1")
 
 
 @dataclass
