@@ -242,6 +242,10 @@ class Config:
     """Folder of this run: config.toml, metrics.jsonl, checkpoints, export."""
 
     def __post_init__(self):
+        for name in ("optim", "train", "parallel", "checkpoint"):
+            for key, value in vars(getattr(self, name)).items():
+                if value == math.inf and key != "max_norm":  # of which inf is no clipping, as 0
+                    raise UserError(f"{name}.{key}={value}: must be a finite number")
         if self.optim.warmup_steps + self.optim.decay_steps > self.train.steps and self.optim.decay_steps:
             raise UserError(
                 f"optim.warmup_steps={self.optim.warmup_steps} and decay_steps={self.optim.decay_steps} "

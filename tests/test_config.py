@@ -133,6 +133,13 @@ def test_the_architecture_decides_which_settings_there_are(tmp_path):
     assert load(text, "--model.type", "llama", tmp_path=tmp_path).model == LlamaConfig()
 
 
+@pytest.mark.parametrize("name", ["router_aux_loss_coef", "router_z_loss_coef"])
+@pytest.mark.parametrize("value", ["inf", "nan", "-1.0"])
+def test_weights_of_router_losses_are_numbers(name, value, tmp_path):
+    with pytest.raises(UserError, match=f"{name}={value}: must be at least 0 and finite"):
+        load('[model]\ntype = "qwen3_moe"', f"--model.{name}={value}", tmp_path=tmp_path)
+
+
 def test_a_pretrained_folder_gives_the_sizes_and_settings_change_the_rest(tmp_path):
     model = build_model(Qwen3Config(**TINY), "cpu")
     init_weights(model, seed=0)
