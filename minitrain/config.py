@@ -301,6 +301,8 @@ def load_config(path: str | Path | None, flags: list[str], model_config: Callabl
     model_config(type, pretrained) -> the model's config with its defaults (minitrain.hf.default_config).
     """
     settings = _read_toml(path) if path else {}
+    if (sources := settings.pop("data.sources", [])) != []:
+        raise UserError(f"{path}: data.sources={sources!r}: must be tables [[data.sources]] with path and weight")
     given = {}
     for flag, after in zip(flags, [*flags[1:], ""], strict=False):
         if flag.startswith("--"):

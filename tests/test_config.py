@@ -97,8 +97,10 @@ def test_sources_are_a_list_of_tables_and_flags_by_number(tmp_path):
     [
         ('[[data.sources]]\npaht = "a"', "data.sources.0.paht: no such setting; did you mean data.sources.0.path?"),
         ('[[data.source]]\npath = "a"', "data.source.0.path: no such setting"),
-        ('[data.sources]\npath = "a"', "data.sources: no such setting"),
-        ("[data]\nsources = [1]", "data.sources: no such setting"),
+        ('[data.sources]\npath = "a"', r"data.sources={'path': 'a'}: must be tables \[\[data.sources\]\]"),
+        ("[data]\nsources = [1]", r"data.sources=\[1\]: must be tables \[\[data.sources\]\] with path and weight"),
+        ('[data]\nsources = "abc"', r"c.toml: data.sources='abc': must be tables \[\[data.sources\]\]"),
+        ('[data]\nsources = ""', "data.sources='': must be tables"),
         ('[[data.sources]]\nweight = "much"', "--data.sources.0.weight: .*'much'"),
         (SOURCES + "weight = -1", "data.sources.1.weight=-1.0: must be a number, at least 0"),
         (SOURCES + "weight = nan", "data.sources.1.weight=nan: must be a number, at least 0"),
@@ -112,6 +114,12 @@ def test_wrong_sources_are_one_line(text, complaint, tmp_path):
     with pytest.raises(UserError, match=complaint) as error:
         load(text, tmp_path=tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_no_sources_may_be_said(tmp_path):
+    assert load("data.sources = []", tmp_path=tmp_path).data.sources == []
+    with pytest.raises(UserError, match=r"data\.source: no such setting"):
+        load("data.source = []", tmp_path=tmp_path)
 
 
 @pytest.mark.parametrize("text", ["--", "-x", "- a list", "--train.steps", "a=b", "", 'a "quoted" \\ line\n\tand more'])
