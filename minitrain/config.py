@@ -266,11 +266,6 @@ class Config:
                 f"data.max_seqlen={self.data.max_seqlen} is more than "
                 f"model.max_position_embeddings={self.model.max_position_embeddings}"
             )
-        if self.train.validate_every and not self.data.held_out and all(s.weight for s in self.data.all_sources):
-            raise UserError(
-                f"train.validate_every={self.train.validate_every}: there is nothing to validate on; "
-                "set data.held_out, or give a source the weight 0"
-            )
 
 
 def _at_least(least, **settings):

@@ -106,7 +106,6 @@ def test_sources_are_a_list_of_tables_and_flags_by_number(tmp_path):
         (SOURCES + "weight = nan", "data.sources.1.weight=nan: must be a number, at least 0"),
         ("[[data.sources]]\nweight = 0", "data.sources: all weights are 0"),
         ('data.path = "b"\n' + SOURCES, "data.path=b and data.sources: give one of them"),
-        ("[train]\nvalidate_every = 5", "train.validate_every=5: there is nothing to validate on"),
         ("[data]\nlook_ahead = 0", "data.look_ahead=0: must be at least 1"),
     ],
 )
