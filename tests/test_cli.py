@@ -74,6 +74,15 @@ def test_a_run_trains_exports_and_sums_itself_up(cli, config, tmp_path):
     assert not (again / "export").exists()
 
 
+def test_the_sum_names_the_first_step_that_is_written_down(cli, config, tmp_path):
+    assert "at step 1 -> " in cli("--config", config, "--train.steps=2")[1]
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    code, out, _ = cli("--config", config, "--train.steps=2")
+    assert code == 0 and out.splitlines()[-1].startswith("no step was left; Hugging Face folder: ")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert re.search(r"^loss \d\.\d+ at step 3 -> \d\.\d+, mean of the last 3 steps", cli("--config", config)[1], re.M)
+
+
 def test_help_lists_every_setting_with_its_default_and_a_sentence(cli):
     code, out, err = cli("--help")
     assert (code, err) == (0, "")
