@@ -71,10 +71,14 @@ def finish(cfg: Config, model) -> None:
     if text:
         print(text)
     run_dir = Path(cfg.run_dir)
-    losses = [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    last = losses[-cfg.train.log_every :]
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    summary = "no step was left"
+    if rows:  # the first is not of step 1 where checkpoints were moved to another folder
+        last = [row["loss"] for row in rows[-cfg.train.log_every :]]
+        begin = f"loss {rows[0]['loss']:.3f} at step {rows[0]['step']}"
+        summary = f"{begin} -> {sum(last) / len(last):.3f}, mean of the last {len(last)} steps"
     written = f"; Hugging Face folder: {run_dir / 'export'}" if cfg.checkpoint.export else ""
-    print(f"loss {losses[0]:.3f} at step 1 -> {sum(last) / len(last):.3f}, mean of the last {len(last)} steps{written}")
+    print(f"{summary}{written}")
 
 
 def sample(prompt: str, model, tokenizer_folder: Path, max_new_tokens: int = 120) -> str:

@@ -157,6 +157,8 @@ class TrainConfig:
     def __post_init__(self):
         _at_least(1, train__steps=self.steps, train__log_every=self.log_every)
         _at_least(0, train__validate_every=self.validate_every)
+        if not -(1 << 63) <= self.seed < 1 << 63:
+            raise UserError(f"train.seed={self.seed}: must be in -2**63 .. 2**63 - 1")
 
 
 @dataclass
@@ -240,6 +242,10 @@ class Config:
     """Folder of this run: config.toml, metrics.jsonl, checkpoints, export."""
 
     def __post_init__(self):
+        for name in ("optim", "train", "parallel", "checkpoint"):
+            for key, value in vars(getattr(self, name)).items():
+                if value == math.inf and key != "max_norm":  # of which inf is no clipping, as 0
+                    raise UserError(f"{name}.{key}={value}: must be a finite number")
         if self.optim.warmup_steps + self.optim.decay_steps > self.train.steps and self.optim.decay_steps:
             raise UserError(
                 f"optim.warmup_steps={self.optim.warmup_steps} and decay_steps={self.optim.decay_steps} "
@@ -259,11 +265,6 @@ class Config:
             raise UserError(
                 f"data.max_seqlen={self.data.max_seqlen} is more than "
                 f"model.max_position_embeddings={self.model.max_position_embeddings}"
-            )
-        if self.train.validate_every and not self.data.held_out and all(s.weight for s in self.data.all_sources):
-            raise UserError(
-                f"train.validate_every={self.train.validate_every}: there is nothing to validate on; "
-                "set data.held_out, or give a source the weight 0"
             )
 
 
@@ -295,6 +296,8 @@ def load_config(path: str | Path | None, flags: list[str], model_config: Callabl
     model_config(type, pretrained) -> the model's config with its defaults (minitrain.hf.default_config).
     """
     settings = _read_toml(path) if path else {}
+    if (sources := settings.pop("data.sources", [])) != []:
+        raise UserError(f"{path}: data.sources={sources!r}: must be tables [[data.sources]] with path and weight")
     given = {}
     for flag, after in zip(flags, [*flags[1:], ""], strict=False):
         if flag.startswith("--"):

@@ -3,7 +3,8 @@
     a source    its pieces (shards.py), epoch after epoch, each epoch in a random order of its own
     the stream  the next piece comes from the source that is furthest behind its weight, counted in tokens
     a row       concat: the stream cut every T tokens; the piece that is cut goes on in the next row
-                best_fit: the piece that has waited longest, then always the longest that fits; the rest is padding
+                best_fit: the piece that has waited longest, then always the longest that fits; the rest is padding.
+                Of a source pieces of one epoch wait, never of two: short ones come as often as long ones
     a step      rows_per_step rows, of which each rank has a block
 
 Every rank plans the whole stream, for which it needs the lengths of the pieces, and reads the tokens of its own rows.
@@ -260,9 +261,12 @@ class Stream:
         if not self.waiting:
             return None
         if best_fit:
+            if is_first:
+                return self.waiting.pop(min(range(len(self.waiting)), key=lambda i: self.waiting[i].number))
             longest = bisect_left(self.waiting, (room + 1,)) - 1
-            i = min(range(len(self.waiting)), key=lambda i: self.waiting[i].number) if is_first else longest
-            return self.waiting.pop(i) if i >= 0 else None
+            if longest < 0:
+                return None
+            return self.waiting.pop(bisect_left(self.waiting, self.waiting[longest][:1]))  # the oldest that is so long
         part = self.waiting.pop()
         if part.length > room:
             self.waiting.append(part._replace(length=part.length - room, start=part.start + room))
@@ -270,8 +274,10 @@ class Stream:
         return part
 
     def _draw(self) -> Part | None:
-        """The next piece of the source that is furthest behind its weight."""
+        """The next piece of the source that is furthest behind its weight; None while one of its last epoch waits."""
         i = min(range(len(self.weights)), key=lambda i: self.tokens[i] / self.weights[i])
+        if self.drawn[i] % len(self.pieces[i].length) == 0 and any(part.source == i for part in self.waiting):
+            return None
         if piece := next(self.readers[i], None):
             length, *where = piece
             part = Part(length, sum(self.drawn), i, *where)

@@ -10,6 +10,7 @@ import functools
 import itertools
 import re
 import shutil
+import typing
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -136,6 +137,9 @@ def read_config(folder: Path, own_type: str | None = None) -> DecoderConfig:
     }
     if bad := [f"{key}={raw[key]}" for key, is_bad in unsupported.items() if is_bad]:
         raise UserError(f"{where}: not supported: {', '.join(bad)}")
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(raw.get(key), dict | None):
+            raise UserError(f"{where}: {key}={raw[key]!r} is no JSON object")
     rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta"), **(raw.get("rope_scaling") or {})}
     stretched = rope.get("rope_type", rope.get("type", "default")) != "default"
     raw = {_RENAMED.get(key, key): value for key, value in raw.items()}
@@ -153,6 +157,12 @@ def read_config(folder: Path, own_type: str | None = None) -> DecoderConfig:
     names = [f.name for f in fields(config_class)]
     if missing := [n for n in names if n not in known and n not in optional]:
         raise UserError(f"{where}: lacks {', '.join(missing)}")
+    for f in fields(config_class):
+        kind, value = (typing.get_args(f.type) or [f.type])[0], known.get(f.name)
+        if value is None or kind not in (int, float, bool):
+            continue
+        if type(value) is not kind and (type(value), kind) != (int, float):
+            raise UserError(f"{where}: {f.name}={value!r} is no {kind.__name__}")
     try:
         return config_class(**{n: known[n] for n in names if n in known})
     except (ValueError, TypeError) as error:

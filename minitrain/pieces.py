@@ -239,8 +239,10 @@ def _read_manifest(folder: Path) -> dict:
         manifest = read_json(path)
     except UserError as error:
         raise Damaged(str(error)) from None
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{path}: of checkpoint format {manifest.get('format')}, this version reads {FORMAT}")
+    if type(number := manifest.get("format")) is not int:
+        raise Damaged(f"{path}: damaged: has no format")
+    if number != FORMAT:
+        raise UserError(f"{path}: of checkpoint format {number}, this version reads {FORMAT}")
     body, _, seal = path.read_bytes().rpartition(_SEAL.encode())
     if seal != f'"{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode():
         raise Damaged(f"{path}: damaged: its text and its sha256 do not belong together")

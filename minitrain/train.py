@@ -68,8 +68,8 @@ def train(
     loss_fn = loss_fn or load_object(cfg.train.loss)
     model = model or build_model(cfg.model)  # on meta: names and shapes, no bytes
     data = iter(PackedData(cfg.data, mesh, model.config.vocab_size) if data is None else data)
-    if cfg.train.validate_every and not hasattr(data, "held_out_rows"):
-        raise UserError("train.validate_every: data of your own needs held_out_rows(), as PackedData has it")
+    if cfg.train.validate_every:
+        _check_held_out(cfg, data)
     _warn(cfg, model)
     model = parallelize(model, mesh, cfg.train)
     fill = set_weights(model, cfg, mesh)
@@ -109,6 +109,17 @@ def train(
         template = chat_template(cfg.data.all_sources)
         save_pretrained(model, Path(cfg.run_dir) / "export", tokenizer, overwrite=True, chat_template=template)
     return model
+
+
+def _check_held_out(cfg: Config, data) -> None:
+    """UserError if there is nothing to validate on."""
+    if not hasattr(data, "held_out_rows"):
+        raise UserError("train.validate_every: data of your own needs held_out_rows(), as PackedData has it")
+    if isinstance(data, PackedData) and not data.held_out_rows():
+        raise UserError(
+            f"train.validate_every={cfg.train.validate_every}: there is nothing to validate on; "
+            "set data.held_out, or give a source the weight 0"
+        )
 
 
 def _warn(cfg: Config, model: nn.Module) -> None:

@@ -369,6 +369,17 @@ def test_fallback_goes_on_from_the_checkpoint_before(corpus, tmp_path):
     refuse(disturbed, "manifest.json: no such file")
 
 
+@pytest.mark.parametrize("text", ["{}", '{"format": null}'])
+def test_fallback_goes_on_when_a_manifest_has_no_format(corpus, tmp_path, text):
+    cfg = tiny_run(corpus, tmp_path / "run", train={"steps": 4}, checkpoint={"every": 2, "export": False})
+    train(cfg)
+    (newest(cfg) / "manifest.json").write_text(text)
+    refuse(cfg, r"manifest\.json: damaged: has no format; checkpoint\.fallback=true goes on")
+    cfg.checkpoint.fallback = True
+    train(cfg)
+    assert newest(cfg).with_name("step-00000004.damaged").exists()
+
+
 def test_fallback_goes_on_when_the_newest_one_cannot_be_read(corpus, tmp_path, monkeypatch):
     cfg = tiny_run(corpus, tmp_path / "run", train={"steps": 4}, checkpoint={"every": 2, "export": False})
     train(cfg)

@@ -74,6 +74,15 @@ def test_a_run_trains_exports_and_sums_itself_up(cli, config, tmp_path):
     assert not (again / "export").exists()
 
 
+def test_the_sum_names_the_first_step_that_is_written_down(cli, config, tmp_path):
+    assert "at step 1 -> " in cli("--config", config, "--train.steps=2")[1]
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    code, out, _ = cli("--config", config, "--train.steps=2")
+    assert code == 0 and out.splitlines()[-1].startswith("no step was left; Hugging Face folder: ")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert re.search(r"^loss \d\.\d+ at step 3 -> \d\.\d+, mean of the last 3 steps", cli("--config", config)[1], re.M)
+
+
 def test_help_lists_every_setting_with_its_default_and_a_sentence(cli):
     code, out, err = cli("--help")
     assert (code, err) == (0, "")
@@ -137,12 +146,24 @@ FLAGS = {
     "--optim.beta2=1": ["optim.beta2=1.0: must be at least 0 and less than 1"],
     "--optim.min_lr_ratio=1.5": ["optim.min_lr_ratio=1.5: must be between 0 and 1"],
     "--optim.eps=0": ["optim.eps=0.0: must be more than 0"],
+    "--optim.lr=inf": ["optim.lr=inf: must be a finite number"],
+    "--optim.weight_decay=inf": ["optim.weight_decay=inf: must be a finite number"],
+    "--optim.eps=inf": ["optim.eps=inf: must be a finite number"],
+    "--model.rope_theta=0": ["rope_theta=0.0: must be more than 0 and finite"],
+    "--model.rope_theta=inf": ["rope_theta=inf: must be more than 0 and finite"],
+    "--model.rms_norm_eps=-1": ["rms_norm_eps=-1.0: must be at least 0 and finite"],
+    "--model.rms_norm_eps=nan": ["rms_norm_eps=nan: must be at least 0 and finite"],
+    "--model.initializer_range=-1": ["initializer_range=-1.0: must be at least 0 and finite"],
+    "--model.initializer_range=inf": ["initializer_range=inf: must be at least 0 and finite"],
     "--optim.decay_steps=5": ["optim.decay_steps=5: needed with schedule wsd"],
     "--checkpoint.keep_every=1500": ["checkpoint.keep_every=1500: must be a multiple of checkpoint.every=1000"],
     "--model.num_attention_heads=3": ["num_attention_heads=3", "num_key_value_heads=2"],
     "--model.head_dim=7": ["head_dim=7", "even"],
     "--model.type=qwen9": ["model.type='qwen9'", "qwen3_moe"],
     "--model.type=no_such_module:Model": ["no_such_module"],
+    "--model.type=json:JSONDecoder": ["model.type='json:JSONDecoder': has no config_class"],
+    "--train.seed=18446744073709551616": ["train.seed=18446744073709551616: must be in -2**63 .. 2**63 - 1"],
+    "--train.loss=minitrain.loss:torch": ["'minitrain.loss:torch' is a module, which cannot be called"],
     "--model.pretrained=/no/such/folder": ["/no/such/folder: no such folder"],
     "--model.vocab_size=50": ["model.vocab_size=50 is smaller than the tokenizer's 101"],
     "--model.max_position_embeddings=16": ["data.max_seqlen=32", "model.max_position_embeddings=16"],

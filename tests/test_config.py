@@ -97,14 +97,15 @@ def test_sources_are_a_list_of_tables_and_flags_by_number(tmp_path):
     [
         ('[[data.sources]]\npaht = "a"', "data.sources.0.paht: no such setting; did you mean data.sources.0.path?"),
         ('[[data.source]]\npath = "a"', "data.source.0.path: no such setting"),
-        ('[data.sources]\npath = "a"', "data.sources: no such setting"),
-        ("[data]\nsources = [1]", "data.sources: no such setting"),
+        ('[data.sources]\npath = "a"', r"data.sources={'path': 'a'}: must be tables \[\[data.sources\]\]"),
+        ("[data]\nsources = [1]", r"data.sources=\[1\]: must be tables \[\[data.sources\]\] with path and weight"),
+        ('[data]\nsources = "abc"', r"c.toml: data.sources='abc': must be tables \[\[data.sources\]\]"),
+        ('[data]\nsources = ""', "data.sources='': must be tables"),
         ('[[data.sources]]\nweight = "much"', "--data.sources.0.weight: .*'much'"),
         (SOURCES + "weight = -1", "data.sources.1.weight=-1.0: must be a number, at least 0"),
         (SOURCES + "weight = nan", "data.sources.1.weight=nan: must be a number, at least 0"),
         ("[[data.sources]]\nweight = 0", "data.sources: all weights are 0"),
         ('data.path = "b"\n' + SOURCES, "data.path=b and data.sources: give one of them"),
-        ("[train]\nvalidate_every = 5", "train.validate_every=5: there is nothing to validate on"),
         ("[data]\nlook_ahead = 0", "data.look_ahead=0: must be at least 1"),
     ],
 )
@@ -112,6 +113,12 @@ def test_wrong_sources_are_one_line(text, complaint, tmp_path):
     with pytest.raises(UserError, match=complaint) as error:
         load(text, tmp_path=tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_no_sources_may_be_said(tmp_path):
+    assert load("data.sources = []", tmp_path=tmp_path).data.sources == []
+    with pytest.raises(UserError, match=r"data\.source: no such setting"):
+        load("data.source = []", tmp_path=tmp_path)
 
 
 @pytest.mark.parametrize("text", ["--", "-x", "- a list", "--train.steps", "a=b", "", 'a "quoted" \\ line\n\tand more'])
@@ -131,6 +138,13 @@ def test_the_architecture_decides_which_settings_there_are(tmp_path):
         load(text, "--model.type=llama", tmp_path=tmp_path)
     text = '[model]\ntype = "qwen3_moe"\n'
     assert load(text, "--model.type", "llama", tmp_path=tmp_path).model == LlamaConfig()
+
+
+@pytest.mark.parametrize("name", ["router_aux_loss_coef", "router_z_loss_coef"])
+@pytest.mark.parametrize("value", ["inf", "nan", "-1.0"])
+def test_weights_of_router_losses_are_numbers(name, value, tmp_path):
+    with pytest.raises(UserError, match=f"{name}={value}: must be at least 0 and finite"):
+        load('[model]\ntype = "qwen3_moe"', f"--model.{name}={value}", tmp_path=tmp_path)
 
 
 def test_a_pretrained_folder_gives_the_sizes_and_settings_change_the_rest(tmp_path):

@@ -182,9 +182,10 @@ def test_seeds_and_epochs_have_orders_of_their_own(corpus):
     assert all(sorted(order) == sorted(orders[0]) for order in orders)
 
 
-@pytest.mark.parametrize("packing", ["concat", "best_fit"])
-def test_the_stream_goes_on_from_its_state(corpus, packing):
-    settings = {"tokens_per_row": 128, "max_seqlen": 64, "rows_per_step": 2, "packing": packing, "look_ahead": 20}
+@pytest.mark.parametrize("packing, look_ahead", [("concat", 20), ("best_fit", 20), ("best_fit", 400)])
+def test_the_stream_goes_on_from_its_state(corpus, packing, look_ahead):
+    settings = {"tokens_per_row": 128, "max_seqlen": 64, "rows_per_step": 2, "packing": packing}
+    settings["look_ahead"] = look_ahead
     data = packed(corpus, **settings)
     for _ in range(70):  # of two epochs and more
         next(data)
@@ -374,6 +375,25 @@ def test_a_longer_look_ahead_leaves_less_padding(corpus):
     ]
     assert shares[0] > 0.1 > 0.03 > shares[1] > shares[2] and shares[2] < 0.002
     assert padding(take(packed(corpus, tokens_per_row=128, max_seqlen=64), 10)) == 0
+
+
+def test_no_document_comes_again_before_all_of_its_source_have_come(tmp_path):
+    data = PackedData(mixture(tmp_path, (0.7, 0.3, 0.0), packing="best_fit"), CPU, 3000)  # 60 each, 256 may wait
+    used, padding = [dict.fromkeys(source.trained.start.tolist(), 0) for source in data.trained], 0
+    for _ in range(300):
+        row = data.stream.next_row()
+        for part in row:
+            counts = used[part.source]
+            assert counts[part.start] == min(counts.values())
+            counts[part.start] += 1
+        padding += 64 - sum(part.length for part in row)
+    assert all(min(counts.values()) > 5 for counts in used) and padding < 0.02 * 300 * 64
+
+
+def test_of_equally_long_documents_the_oldest_goes_first(tmp_path):
+    stream = packed(counting(tmp_path, [8] * 40), tokens_per_row=32, max_seqlen=8, packing="best_fit").stream
+    numbers = [part.number for _ in range(30) for part in stream.next_row()]
+    assert numbers == list(range(120))
 
 
 def test_no_document_waits_for_more_rows_than_the_window_is_long(corpus):

@@ -186,6 +186,32 @@ def test_chats_need_a_template_and_a_template_needs_chats(tmp_path, options):
         prepare([source], tmp_path / "out", **options | {"chat_template": tmp_path / "absent.jinja"})
 
 
+@pytest.mark.parametrize("content", [None, b"{% for %}", b"\xff"])
+@pytest.mark.parametrize("place", ["of a trained tokenizer", "given", "beside"])
+def test_a_template_that_cannot_be_read_is_named(tmp_path, options, content, place):
+    source = write_jsonl(tmp_path / "chats.jsonl", GOOD)
+    prepare([source], tmp_path / "made", **options)
+    path = tmp_path / ("made/chat_template.jinja" if place == "beside" else "plain.jinja")
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    if place != "of a trained tokenizer":
+        options |= {"tokenizer": tmp_path / "made", "train_tokenizer": None}
+        options |= {"chat_template": path if place == "given" else None}
+    complaint = "has no chat template" if (place, content) == ("beside", None) else rf"^{path}: [^/]*$"
+    with pytest.raises(UserError, match=complaint):
+        prepare([source], tmp_path / "out", **options)
+
+
+def test_a_template_in_tokenizer_config_json_that_cannot_be_read_is_named(tmp_path, options):
+    source = write_jsonl(tmp_path / "chats.jsonl", GOOD)
+    prepare([source], tmp_path / "made", **options)
+    (tmp_path / "made" / "chat_template.jinja").unlink()
+    (tmp_path / "made" / "tokenizer_config.json").write_text('{"chat_template": "{% for %}"}')
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: chat template, line 1: "):
+        prepare([source], tmp_path / "out", tokenizer=tmp_path / "made", chat=True, workers=1)
+
+
 # ---- tables
 
 

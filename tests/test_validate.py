@@ -154,7 +154,29 @@ def test_a_loss_that_is_no_number_stops_the_validation(sources):
         validate(random_model(), data, lambda hidden, *_: (hidden.sum() * float("nan"), {}), CPU)
 
 
-def test_data_of_ones_own_has_to_have_held_out_rows(sources, tmp_path):
-    cfg = tiny_run("", tmp_path / "run", train={"validate_every": 2}, data=settings(sources))
+def test_a_run_needs_something_to_validate_on(corpus, tmp_path):
+    cfg = tiny_run(corpus, tmp_path / "run", train={"validate_every": 5})
+    with pytest.raises(UserError, match=r"train\.validate_every=5: there is nothing to validate on"):
+        train(cfg)
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_of_ones_own_has_to_have_held_out_rows(tmp_path):
+    cfg = tiny_run("", tmp_path / "run", train={"validate_every": 2})
     with pytest.raises(UserError, match=r"data of your own needs held_out_rows\(\)"):
         train(cfg, data=iter([]))
+
+
+def test_data_of_ones_own_with_held_out_rows_needs_no_setting(tmp_path):
+    class Counting:
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            return [Batch.pack([torch.arange(20)])]
+
+        def held_out_rows(self):
+            return {"mine": iter(next(self))}
+
+    train(tiny_run("", tmp_path / "run", train={"steps": 2, "validate_every": 2}), data=Counting())
+    assert [row["source"] for row in validation_rows(tmp_path / "run")] == ["mine"]

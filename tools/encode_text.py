@@ -69,7 +69,10 @@ class Encoder:
         self.begin, self.end = ([ids[token] for token in tokens] for tokens in (recipe.begin_with, end_with))
         jinja = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else None
         source = chat.find_template(config, jinja) if recipe.chat else None
-        self.template = source and ChatTemplate(source, chat.special_tokens(config))
+        try:
+            self.template = source and ChatTemplate(source, chat.special_tokens(config))
+        except UserError as error:  # a file of its own has been read before
+            raise UserError(f"tokenizer_config.json: {error}") from None
 
     def encode(self, records: list[Record]) -> list[Encoded]:
         """UserError, with the record, for a chat template that is no good."""
@@ -142,10 +145,12 @@ def load_encoder(source: str | Path, recipe: Recipe, chat_template: str | Path |
         path = find_folder(source, _FILES) / "tokenizer.json"
     if not path.exists():
         raise UserError(f"{path}: no such file")
+    beside = path.with_name("chat_template.jinja")
+    template = _read_template(beside if chat_template is None and recipe.chat and beside.exists() else chat_template)
     try:
         files = {name: path.with_name(name).read_bytes() for name in _FILES if path.with_name(name).exists()}
         files["tokenizer.json"] = path.read_bytes()  # whatever its name
-        return Encoder(files | _read_template(chat_template), recipe)
+        return Encoder(files | template, recipe)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # tokenizers raises a plain Exception
@@ -153,10 +158,17 @@ def load_encoder(source: str | Path, recipe: Recipe, chat_template: str | Path |
 
 
 def _read_template(path: str | Path | None) -> dict[str, bytes]:
-    """The file under the name that it has beside a tokenizer; None: nothing."""
-    if path is not None and not Path(path).is_file():
+    """The file under the name that it has beside a tokenizer; None: nothing. UserError if it is none."""
+    if path is None:
+        return {}
+    if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
-    return {} if path is None else {"chat_template.jinja": Path(path).read_bytes()}
+    source = Path(path).read_bytes()
+    try:
+        ChatTemplate(source.decode())
+    except (UserError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {error}") from None
+    return {"chat_template.jinja": source}
 
 
 def train_encoder(texts: Iterator[str], size: int, recipe: Recipe, chat_template: str | Path | None = None) -> Encoder:

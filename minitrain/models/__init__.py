@@ -3,7 +3,7 @@
 import importlib
 import math
 import zlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import nn
@@ -23,16 +23,22 @@ def model_class(type: str) -> type[nn.Module]:
     """The class for a name in MODELS, or for "module:Class" of your own. UserError if there is none."""
     if type not in MODELS and ":" not in type:
         raise UserError(f'model.type={type!r} is unknown; there are {", ".join(MODELS)}, or "module:Class"')
-    return load_object(MODELS.get(type, type))
+    found = load_object(MODELS.get(type, type))
+    if not hasattr(found, "config_class"):
+        raise UserError(f"model.type={type!r}: has no config_class, as minitrain.models.layers.CausalLM has it")
+    return found
 
 
-def load_object(path: str):
-    """What "package.module:name" names. UserError if it is not there."""
+def load_object(path: str) -> Callable:
+    """The class or function that "package.module:name" names. UserError if it is not there or something else."""
     module, _, name = path.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:  # ValueError: an empty name
         raise UserError(f"{path!r} cannot be imported: {error}") from None
+    if not callable(found):
+        raise UserError(f"{path!r} is a {type(found).__name__}, which cannot be called")
+    return found
 
 
 def build_model(cfg, device: torch.device | str = "meta") -> nn.Module:
