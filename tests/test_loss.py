@@ -24,9 +24,9 @@ def make(T=T, D=D, V=V, dtype=torch.float32, device="cpu"):
     return hidden, head, batch
 
 
-def set_rows(monkeypatch, rows, V=V, itemsize=4):
+def set_rows(monkeypatch, rows):
     """Make pieces of this many rows of logits."""
-    monkeypatch.setattr(loss, "_PIECE_BYTES", rows * V * itemsize)
+    monkeypatch.setattr(loss, "piece_rows", lambda *_: rows)
 
 
 def full_logits(hidden, head, batch, dtype=torch.float64):
@@ -52,7 +52,7 @@ def test_it_equals_torchs_cross_entropy_on_full_logits(monkeypatch, rows):
 
 @pytest.mark.parametrize("rows", [1, 5, 1000])
 def test_in_bf16_it_is_no_worse_than_bf16_logits(monkeypatch, rows):
-    set_rows(monkeypatch, rows, itemsize=2)
+    set_rows(monkeypatch, rows)
     inputs = make(T=200, dtype=torch.bfloat16)
     actual, plain, exact = in_pieces(*inputs), full_logits(*inputs, dtype=torch.bfloat16), full_logits(*inputs)
     for a, p, e in zip(actual, plain, exact, strict=True):
@@ -63,7 +63,7 @@ def test_in_bf16_it_is_no_worse_than_bf16_logits(monkeypatch, rows):
 
 def test_the_heads_gradient_is_summed_in_fp32_over_pieces(monkeypatch):
     """4,096 equal rows, one a piece: a sum in bf16 would stop growing at 256 of them."""
-    set_rows(monkeypatch, 1, V=8, itemsize=2)
+    set_rows(monkeypatch, 1)
     head = nn.Linear(4, 8, bias=False, dtype=torch.bfloat16)
     hidden = torch.ones(4096, 4, dtype=torch.bfloat16, requires_grad=True)
     batch = Batch.pack([torch.zeros(4096, dtype=torch.int64)])
@@ -141,7 +141,7 @@ class Largest(TorchDispatchMode):
 
 def test_full_logits_never_exist(monkeypatch):
     T, D, V = 64, 8, 151_936
-    set_rows(monkeypatch, 4, V)
+    set_rows(monkeypatch, 4)
     hidden, head, batch = make(T, D, V)
     with Largest() as largest:
         cross_entropy(hidden, head, batch)[0].backward()
@@ -160,6 +160,14 @@ def test_without_gradients_only_the_loss_is_made(monkeypatch):
             value, _ = cross_entropy(hidden, head, batch)
         assert value.equal(expected) and not value.requires_grad
         assert largest.numel == 5 * V  # a piece of logits; the gradient of the head would be larger
+
+
+def test_pieces_are_powers_of_two_and_the_largest_that_fit():
+    for vocab_size, element_bytes in [(151_936, 2), (151_936, 4), (128_256, 2), (32_000, 2), (7, 8)]:
+        rows = loss.piece_rows(vocab_size, element_bytes)
+        assert rows.bit_count() == 1
+        assert rows * vocab_size * element_bytes <= loss._PIECE_BYTES < 2 * rows * vocab_size * element_bytes
+    assert loss.piece_rows(1 << 40, 2) == 1
 
 
 # ---- the operator
@@ -194,7 +202,7 @@ def test_the_operator_writes_the_gradient_only_when_asked(dtype):
 def test_on_the_gpu_it_is_no_worse_than_full_logits(monkeypatch, dtype):
     """Through minitrain.kernels where they are built, else through torch."""
     V = 50_257
-    set_rows(monkeypatch, 100, V, dtype.itemsize)
+    set_rows(monkeypatch, 100)
     inputs = make(T=1000, D=256, V=V, dtype=dtype, device="cuda")
     actual, plain, exact = in_pieces(*inputs), full_logits(*inputs, dtype=dtype), full_logits(*inputs)
     rounding = 2**-8 if dtype == torch.bfloat16 else 1e-6

@@ -284,7 +284,7 @@ DROPS = [  # of, what, what is there instead, under which stages
     ("parallel.window", "all_gather", lambda *_: None, [ParallelConfig(1), ParallelConfig(2)]),
     ("parallel.window", "all_gather", only_mine, [ParallelConfig(3)]),
     ("parallel.zero", "sum_equal", lambda norm, group: norm, [ParallelConfig(1), ParallelConfig(3)]),
-    ("train", "sum_equal", lambda losses, group: losses, [ParallelConfig(0)]),
+    ("train", "sum_named", lambda losses, group: losses, [ParallelConfig(0)]),
 ]
 
 
