@@ -32,7 +32,7 @@ class Batch:
     cu_seqlens_k: Tensor  # (N + 1,) int32: its keys; differs from cu_seqlens_q only where keys come from elsewhere
     max_seqlen: int  # no document is longer; constant in a run
     num_targets: int | None = None  # trained tokens in this row
-    num_pairs: int | None = None  # sum of squared document lengths: (query, key) pairs without the causal mask
+    num_pairs: int | None = None  # sum of squared lengths of real documents: (query, key) pairs without a mask
     share: float = 0.0  # in training 1 / rows of the step: weighs what is averaged over rows, such as router losses
     num_padding: int = 0  # tokens at the end that only fill the row
     is_real: Tensor | None = None  # (T,) bool, False at these tokens; None: there are none

@@ -315,8 +315,11 @@ class Checkpointer:
             step = int(old.name[5:])
             if not (self.cfg.keep_every and step % self.cfg.keep_every == 0) and not (best and step == best["step"]):
                 gone = old.with_name(old.name + ".old")
-                old.rename(gone)  # what is half deleted does not look whole
-                shutil.rmtree(gone)
+                try:
+                    old.rename(gone)  # what is half deleted does not look whole
+                    shutil.rmtree(gone)
+                except OSError as error:  # the new one is whole
+                    log.warning("%s is not deleted: %s", old, error)
 
     def _link(self, name: str, to: Path) -> None:
         link = self.folder / f"{name}.new"

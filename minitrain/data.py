@@ -162,7 +162,8 @@ class PackedData:
         positions = torch.arange(T) - start_of.cummax(0).values
         is_real = torch.arange(T) < at if self.cfg.packing == "best_fit" else None  # in all rows or none
         ends = cu_seqlens, cu_seqlens, max_seqlen
-        return Batch(tokens, targets, positions, *ends, num_padding=T - at, is_real=is_real)
+        pairs = sum(part.length**2 for part in parts)
+        return Batch(tokens, targets, positions, *ends, num_pairs=pairs, num_padding=T - at, is_real=is_real)
 
     def _check(self, tokens: Tensor, successors: list[int], parts: list["Part"], tables: list[Pieces]) -> None:
         least, most = torch.aminmax(tokens)

@@ -9,7 +9,6 @@ import difflib
 import functools
 import itertools
 import re
-import shutil
 import typing
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
@@ -31,6 +30,7 @@ from minitrain.parallel.mesh import is_first
 from minitrain.storage import (
     Later,
     NewFolder,
+    copy_file,
     load_tokenizer,
     open_safetensors,
     read_json,
@@ -132,6 +132,7 @@ def read_config(folder: Path, own_type: str | None = None) -> DecoderConfig:
         "attention_dropout": bool(raw.get("attention_dropout")),
         "mlp_bias": bool(raw.get("mlp_bias")),
         "use_sliding_window": bool(raw.get("use_sliding_window")),
+        "is_causal": raw.get("is_causal") is False,
         "decoder_sparse_step": raw.get("decoder_sparse_step", 1) != 1,
         "mlp_only_layers": bool(raw.get("mlp_only_layers")),
     }
@@ -140,7 +141,7 @@ def read_config(folder: Path, own_type: str | None = None) -> DecoderConfig:
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(raw.get(key), dict | None):
             raise UserError(f"{where}: {key}={raw[key]!r} is no JSON object")
-    rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta"), **(raw.get("rope_scaling") or {})}
+    rope = {"rope_theta": raw.get("rope_theta")} | (raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     stretched = rope.get("rope_type", rope.get("type", "default")) != "default"
     raw = {_RENAMED.get(key, key): value for key, value in raw.items()}
     known = {
@@ -340,7 +341,7 @@ def save_pretrained(
         if source is not None:
             for name in CARRIED:
                 if (source / name).exists():
-                    shutil.copyfile(source / name, tmp / name)
+                    copy_file(source / name, tmp / name)
         if chat_template is not None:
             write_text(tmp / "chat_template.jinja", chat_template)  # comes before one in tokenizer_config.json
         if not (tmp / "generation_config.json").exists():

@@ -5,7 +5,7 @@ FLOPs per trained step, for tokens/s to be turned into model FLOPs utilisation (
     F    6 * N * tokens + 12 * L * H * C * pairs    attention as if it were full, as many trainers print it
     HFU  C plus the forward of the blocks that recomputation runs again
 N: parameters in matrices that a token goes through: the head, not the embedding's look-up; of experts, the active ones.
-Those that are frozen count 4 times, not 6: their own gradient is not computed.
+Those that are frozen count 4 times, not 6: their own gradient is not computed. Padding is neither tokens nor pairs.
 Device values are kept on the device until a line on the console is due, so that a step never waits for the host.
 """
 
@@ -179,8 +179,9 @@ class Log:
     ):  # fmt: skip
         """After `step` steps: loss and extras are means over trained tokens, of all ranks as `trained` is."""
         row = {"step": step, "lr": lr, "trained_tokens": trained}
-        tokens, pairs = sum(len(b.tokens) for b in batches), sum(b.num_pairs for b in batches)
-        row["padding"] = sum(b.num_padding for b in batches) / tokens
+        padding, pairs = sum(b.num_padding for b in batches), sum(b.num_pairs for b in batches)
+        tokens = sum(len(b.tokens) for b in batches) - padding
+        row["padding"] = padding / (tokens + padding)
         self.waiting.append((row, tokens, pairs, {"loss": loss, "grad_norm": norm, **extras}))
         self.bar.update()
         if step % self.cfg.log_every == 0 or step == self.cfg.steps:

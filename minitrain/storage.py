@@ -177,6 +177,13 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def copy_file(source: Path, to: Path) -> None:
+    """Copy and sync."""
+    shutil.copyfile(source, to)
+    with open(to, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def read_json(path: Path) -> dict:
     """A file's JSON object. UserError if it is absent or none."""
     try:

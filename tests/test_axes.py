@@ -507,7 +507,7 @@ def exchange_in_one_graph(recompute):
     mesh, grads = init_mesh("cpu", ParallelConfig(ep=2), cfg), {}
     exchanges = mock.Mock(wraps=ep.all_to_all_rows)
     with (
-        mock.patch.object(qwen3_moe, "_can_group", lambda x_RD: True),
+        mock.patch.object(qwen3_moe, "_can_group", lambda *_: True),
         mock.patch.object(qwen3_moe, "_grouped_matmul", grouped_matmul),
         mock.patch.object(ep, "all_to_all_rows", exchanges),
     ):

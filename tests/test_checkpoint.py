@@ -185,6 +185,16 @@ def test_the_newest_checkpoints_are_kept(corpus, tmp_path):
     assert [path.name for path in checkpoints(cfg)] == ["step-00000009", "step-00000010"]
 
 
+def test_an_old_checkpoint_that_cannot_be_deleted_ends_no_run(corpus, tmp_path, monkeypatch, caplog):
+    def refuse_to_delete(path, *args, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("minitrain.checkpoint.shutil.rmtree", refuse_to_delete)
+    cfg = tiny_run(corpus, tmp_path, train={"steps": 4}, checkpoint={"every": 1, "keep": 1, "export": False})
+    train(cfg)
+    assert newest(cfg).name == "step-00000004" and "step-00000003 is not deleted: [Errno 13]" in caplog.text
+
+
 def test_every_0_writes_none(corpus, tmp_path):
     cfg = tiny_run(corpus, tmp_path / "run", checkpoint={"every": 0}, train={"steps": 3})
     train(cfg)

@@ -264,6 +264,7 @@ def test_a_run_takes_its_sizes_from_the_pretrained_folder(folder):
         {"use_sliding_window": True},
         {"decoder_sparse_step": 2},
         {"mlp_only_layers": [0]},
+        {"is_causal": False},
     ],
     ids=lambda s: next(iter(s)),
 )
@@ -271,6 +272,21 @@ def test_a_setting_that_is_not_supported_is_refused(folder, setting):
     edit_config(folder, **setting)
     ((key, value),) = setting.items()
     refused([str(folder / "config.json"), f"not supported: {key}={value}"], from_pretrained, folder)
+
+
+def test_rope_in_both_dialects_is_read_as_transformers_does(folder):
+    """The base may stand outside, and the older dialect's scaling goes first."""
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    llama3["original_max_position_embeddings"] = 64
+    edit_config(folder, rope_theta=5e3, rope_parameters={"rope_type": "default"})
+    assert read_config(folder).rope_theta == 5e3
+    edit_config(folder, rope_theta=5e3, rope_parameters=llama3)
+    assert read_config(folder).rope_theta == 5e3 and read_config(folder).rope_scaling == llama3
+    edit_config(folder, rope_scaling=llama3, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+    assert read_config(folder).rope_scaling == llama3
+    theirs = AutoConfig.from_pretrained(folder)
+    assert theirs.rope_parameters["rope_type"] == "llama3" and theirs.rope_parameters["rope_theta"] == 5e3
+    assert read_config(folder).rope_theta == 5e3
 
 
 @pytest.mark.parametrize("rope", [{"rope_type": "yarn", "factor": 4.0}, {"type": "dynamic", "factor": 2.0}])

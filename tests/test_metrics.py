@@ -130,13 +130,20 @@ def test_padding_is_a_share_of_the_tokens(corpus, tmp_path):
     assert [row["padding"] for row in read_metrics(tmp_path / "run")] == expected and sum(expected) > 0
 
 
-def test_the_meter_counts_the_pairs_of_the_documents_that_came(corpus, tmp_path):
-    cfg = tiny_run(corpus, tmp_path / "run", train={"steps": 3, "log_every": 1}, data={"rows_per_step": 2})
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_the_meter_counts_the_tokens_and_pairs_of_the_documents_that_came(corpus, tmp_path, packing):
+    rows = {"rows_per_step": 2, "packing": packing, "look_ahead": 1}
+    cfg = tiny_run(corpus, tmp_path / "run", train={"steps": 3, "log_every": 1}, data=rows)
     flops = Flops.of(train(cfg))
     data = PackedData(cfg.data, Mesh(torch.device("cpu")), 101)
     for row, batches in zip(read_metrics(tmp_path / "run"), data, strict=False):
-        pairs = sum(n**2 for batch in batches for n in batch.cu_seqlens_q.diff().tolist())
-        assert row["tflops_c"] / row["tokens_per_s"] == pytest.approx(flops.causal(128, pairs) / 128 / 1e12)
+        lengths = []
+        for batch in batches:
+            documents = batch.cu_seqlens_q.unfold(0, 2, 1).tolist()
+            lengths += [end - begin for begin, end in documents if begin < 64 - batch.num_padding]
+        assert sum(lengths) < 128 or packing == "concat"
+        expected = flops.causal(sum(lengths), sum(n**2 for n in lengths)) / sum(lengths)
+        assert row["tflops_c"] / row["tokens_per_s"] == pytest.approx(expected / 1e12)
 
 
 def test_the_consoles_loss_is_the_mean_since_the_line_before(corpus, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -279,8 +280,15 @@ def test_routing_reads_no_value_on_the_host(monkeypatch):
     batch = pack(documents(16))
     with pytest.raises(DataDependentOutputException):
         forward_and_backward()
-    monkeypatch.setattr(qwen3_moe, "_can_group", lambda x_RD: True)  # what a GPU takes
+    monkeypatch.setattr(qwen3_moe, "_can_group", lambda *_: True)  # what a GPU takes
     forward_and_backward()
+
+
+def test_experts_whose_rows_are_no_whole_16_bytes_run_one_by_one():
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
+    assert qwen3_moe._can_group(on_gpu, torch.empty(4, 16, 24))
+    assert not qwen3_moe._can_group(on_gpu, torch.empty(4, 12, 24))
+    assert not qwen3_moe._can_group(on_gpu, torch.empty(4, 16, 20))
 
 
 @pytest.mark.gpu

@@ -328,6 +328,12 @@ def test_conversations_that_differ_in_what_is_learnt_are_no_duplicates(tmp_path,
     assert report["documents_kept"] == 2 and report["skipped"] == {"duplicate": 1}
 
 
+def test_columns_of_other_records_that_a_table_has_as_null_are_none(tmp_path, options):
+    rows = [{"prompt": "ab", "completion": "cd", "messages": None, "tools": None}]
+    report = prepare([write_jsonl(tmp_path / "a.jsonl", rows)], tmp_path / "out", **options)
+    assert report["documents_kept"] == 1 and not report["skipped"]
+
+
 # ---- a disk that fills
 
 

@@ -110,7 +110,7 @@ class Encoder:
     def _encode_conversation(self, record) -> Encoded:
         """messages, by the chat template; or prompt and completion, of which the latter is learnt."""
         row = row_of(record)
-        if "messages" in row:
+        if row.get("messages") is not None:  # a table has every column in every row
             if self.template is None:
                 raise UserError("the tokenizer has no chat template; give one with --chat-template")
             if not isinstance(tools := row.get("tools") or None, list | None):

@@ -156,7 +156,7 @@ class Experts(nn.Module):
     def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
         """x (R, D), the first counts[0] rows for expert 0 and so on; counts (E,) int64 -> (R, D)."""
         weights = self.gate_proj, self.up_proj, self.down_proj
-        if _can_group(x_RD):
+        if _can_group(x_RD, self.gate_proj):
             return _swiglu(_grouped_matmul, x_RD, counts_E, *weights)
         from minitrain.routed_rows import uncompiled  # on use only: with it comes torch's compiler
 
@@ -168,8 +168,9 @@ def _swiglu(matmul: Callable, x_RD: Tensor, counts_E: Tensor, gate: Tensor, up: 
     return matmul(hidden_RF, down, counts_E)
 
 
-def _can_group(x_RD: Tensor) -> bool:
-    return x_RD.is_cuda and x_RD.dtype == torch.bfloat16
+def _can_group(x_RD: Tensor, w_EFD: Tensor) -> bool:
+    """_grouped_mm takes rows of whole 16 bytes."""
+    return x_RD.is_cuda and x_RD.dtype == torch.bfloat16 and not any(width % 8 for width in w_EFD.shape[1:])
 
 
 def _matmul_by_expert(x_RD: Tensor, w_EFD: Tensor, counts_E: Tensor) -> Tensor:
