@@ -162,7 +162,7 @@ def orthogonalize(g: Tensor) -> Tensor:
 def scalars_on(optimizer: torch.optim.Optimizer, param: Tensor, device: torch.device) -> torch.device:
     """Where a parameter on `device` has its scalar state, a count of steps: torch's own optimizers keep it on the host
     unless a group is fused or capturable, and would wait for a device that has it."""
-    group = next(group for group in optimizer.param_groups if any(p is param for p in group["params"]))
+    group = next((group for group in optimizer.param_groups if any(p is param for p in group["params"])), {})
     is_on_host = not group.get("fused") and group.get("capturable") is False
     return torch.device("cpu") if is_on_host else device
 

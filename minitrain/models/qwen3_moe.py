@@ -170,7 +170,7 @@ def _swiglu(matmul: Callable, x_RD: Tensor, counts_E: Tensor, gate: Tensor, up: 
 
 def _can_group(x_RD: Tensor, w_EFD: Tensor) -> bool:
     """_grouped_mm takes rows of whole 16 bytes."""
-    return x_RD.is_cuda and x_RD.dtype == torch.bfloat16 and not any(width % 8 for width in w_EFD.shape[1:])
+    return x_RD.is_cuda and x_RD.dtype == torch.bfloat16 and w_EFD.shape[1] % 8 == w_EFD.shape[2] % 8 == 0
 
 
 def _matmul_by_expert(x_RD: Tensor, w_EFD: Tensor, counts_E: Tensor) -> Tensor:
