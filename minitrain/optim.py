@@ -159,14 +159,6 @@ def orthogonalize(g: Tensor) -> Tensor:
     return (x.mT if g.shape[-2] > g.shape[-1] else x).to(g.dtype)
 
 
-def scalars_on(optimizer: torch.optim.Optimizer, param: Tensor, device: torch.device) -> torch.device:
-    """Where a parameter on `device` has its scalar state, a count of steps: torch's own optimizers keep it on the host
-    unless a group is fused or capturable, and would wait for a device that has it."""
-    group = next((group for group in optimizer.param_groups if any(p is param for p in group["params"])), {})
-    is_on_host = not group.get("fused") and group.get("capturable") is False
-    return torch.device("cpu") if is_on_host else device
-
-
 def lr_at(step: int, cfg: OptimConfig, steps: int) -> float:
     """Of step 0 .. steps - 1: cfg.lr is reached at step warmup_steps, the minimum at the last."""
     if step < cfg.warmup_steps:

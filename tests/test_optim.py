@@ -20,7 +20,8 @@ from minitrain.models.llama import LlamaConfig
 from minitrain.models.qwen3 import Qwen3Config
 from minitrain.models.qwen3_moe import Qwen3MoeConfig
 from minitrain.multi_tensor import add_, global_norm
-from minitrain.optim import adamw, lr_at, muon, orthogonalize, scalars_on
+from minitrain.optim import adamw, lr_at, muon, orthogonalize
+from minitrain.parallel.offload import scalars_on
 from minitrain.parallel.zero import MasterOptimizer
 from minitrain.train import forward_backward, train
 

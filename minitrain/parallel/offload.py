@@ -39,6 +39,14 @@ def on_host(units: dict[str, Unit], cfg: ParallelConfig) -> list[str]:
     return chosen
 
 
+def scalars_on(optimizer: torch.optim.Optimizer, param: Tensor, device: torch.device) -> torch.device:
+    """Where a parameter on `device` has its scalar state, a count of steps: torch's own optimizers keep it on the host
+    unless a group is fused or capturable, and would wait for a device that has it."""
+    group = next((group for group in optimizer.param_groups if any(p is param for p in group["params"])), {})
+    is_on_host = not group.get("fused") and group.get("capturable") is False
+    return torch.device("cpu") if is_on_host else device
+
+
 class HostMemory:
     """Host memory that a GPU copies from and to beside its work, until this object is gone.
 

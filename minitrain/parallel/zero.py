@@ -24,12 +24,11 @@ from torch import Tensor, nn
 from minitrain.boxes import part_of
 from minitrain.config import ParallelConfig, UserError
 from minitrain.multi_tensor import global_norm
-from minitrain.optim import scalars_on
 from minitrain.parallel.comm import Group, shard_of, sum_equal
 from minitrain.parallel.ddp import DENSE, Gradients, Unit, added, first_of, make_units
 from minitrain.parallel.gather import ArrivingWeights, GatheredWeights
 from minitrain.parallel.mesh import Mesh
-from minitrain.parallel.offload import HostMemory, HostState, on_host
+from minitrain.parallel.offload import HostMemory, HostState, on_host, scalars_on
 from minitrain.parallel.owners import Owners
 from minitrain.parallel.window import Window
 from minitrain.pieces import Piece
