@@ -66,9 +66,7 @@ class DecoderConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if not 0 < self.rope_theta < math.inf:
             raise ValueError(f"rope_theta={self.rope_theta}: must be more than 0 and finite")
-        for name in ("rms_norm_eps", "initializer_range"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 0 and finite")
+        self._check_finite("rms_norm_eps", "initializer_range")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not divisible by "
@@ -77,6 +75,11 @@ class DecoderConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim}: rotary embeddings turn channels in pairs, it must be even")
         rope_frequencies(self)  # raises on a scaling that is not known
+
+    def _check_finite(self, *names: str) -> None:
+        for name in names:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 0 and finite")
 
 
 # ---- rotary position embedding: Su et al. 2021, arXiv:2104.09864; channels i and i + C/2 turn together

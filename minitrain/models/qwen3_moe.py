@@ -7,7 +7,6 @@ each expert's rows are adjacent and all experts run as one grouped matrix produc
     x_TD --router--> experts_TA, weights_TA --sort--> x_RD in the order of experts --experts--> y_RD --sum--> (T, D)
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -52,9 +51,7 @@ class Qwen3MoeConfig(DecoderConfig):
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} must be between 1 and num_experts={self.num_experts}"
             )
-        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 0 and finite")
+        self._check_finite("router_aux_loss_coef", "router_z_loss_coef")
 
 
 def to_experts(x_TD: Tensor, place_TA: Tensor, order_R: Tensor) -> Tensor:
