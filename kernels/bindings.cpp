@@ -17,6 +17,7 @@
 #include "norm_rotate.h"
 #include "routed_rows.h"
 #include "squares.h"
+#include "swiglu.h"
 
 namespace {
 
@@ -51,14 +52,36 @@ PYBIND11_MODULE(kernels, m) {
     m.def(
         "softmax_cross_entropy_",
         [](uintptr_t logits, const std::string& dtype, uintptr_t targets, uintptr_t loss, int64_t rows, int64_t vocab,
-           bool write_grad, int device, uintptr_t stream) {
+           bool write_grad, int device, uintptr_t stream, uintptr_t partials, int num_partials) {
             minitrain::softmax_cross_entropy(pointer<void>(logits), dtype_of(dtype), pointer<const int64_t>(targets),
-                                             pointer<float>(loss), rows, vocab, write_grad, device, stream_of(stream));
+                                             pointer<float>(loss), rows, vocab, write_grad,
+                                             pointer<const minitrain::Partial>(partials), num_partials, device,
+                                             stream_of(stream));
         },
         py::arg("logits"), py::arg("dtype"), py::arg("targets"), py::arg("loss"), py::arg("rows"), py::arg("vocab"),
-        py::arg("write_grad"), py::arg("device"), py::arg("stream"),
+        py::arg("write_grad"), py::arg("device"), py::arg("stream"), py::arg("partials") = 0,
+        py::arg("num_partials") = 0,
         "loss := logsumexp - logit[target] per row; if write_grad, logits := softmax - onehot(target), in place.\n"
         "logits (rows, vocab) contiguous, targets (rows,) int64 with -100 for rows to skip, loss (rows,) fp32.");
+
+    m.def("scale",
+          [](uintptr_t x, bool is_bf16, uintptr_t factor, uintptr_t out, int64_t numel, int device, uintptr_t stream) {
+              minitrain::scale(pointer<void>(x), is_bf16, pointer<float>(factor), pointer<void>(out), numel, device,
+                               stream_of(stream));
+          });
+#if MINITRAIN_SM90
+    m.def("num_partials", &minitrain::num_partials);
+    m.def(
+        "logits_with_partials",
+        [](uintptr_t x, uintptr_t weight, int rows, int depth, int vocab, uintptr_t logits, uintptr_t partials,
+           int device, uintptr_t stream) {
+            minitrain::logits_with_partials(pointer<void>(x), pointer<void>(weight), rows, depth, vocab,
+                                            pointer<void>(logits), pointer<minitrain::Partial>(partials), device,
+                                            stream_of(stream));
+        },
+        py::kw_only(), py::arg("x"), py::arg("weight"), py::arg("rows"), py::arg("depth"), py::arg("vocab"),
+        py::arg("logits"), py::arg("partials"), py::arg("device"), py::arg("stream"));
+#endif
 
     // Attention: kernels/attention.h says what the arguments are.
     using minitrain::AttentionShape;
@@ -222,6 +245,34 @@ PYBIND11_MODULE(kernels, m) {
         py::arg("tokens"), py::arg("heads"), py::arg("head_dim"), py::arg("x"), py::arg("weight"), py::arg("cos"),
         py::arg("sin"), py::arg("eps"), py::arg("d_out"), py::arg("dx"), py::arg("weight_grad"), py::arg("parts"),
         py::arg("num_parts"), py::arg("device"), py::arg("stream"));
+
+    // kernels/swiglu.h.
+#if MINITRAIN_SM90
+    using minitrain::SwiGLU;
+    py::class_<SwiGLU>(m, "SwiGLU")
+        .def(py::init([](int tokens, int hidden, int inner) { return SwiGLU{tokens, hidden, inner}; }), py::kw_only(),
+             py::arg("tokens"), py::arg("hidden"), py::arg("inner"));
+    m.def(
+        "swiglu_forward",
+        [](const SwiGLU& sizes, uintptr_t x, uintptr_t gate_weight, uintptr_t up_weight, uintptr_t gate, uintptr_t up,
+           uintptr_t act, int device, uintptr_t stream) {
+            minitrain::swiglu_forward(sizes, pointer<void>(x), pointer<void>(gate_weight), pointer<void>(up_weight),
+                                      pointer<void>(gate), pointer<void>(up), pointer<void>(act), device,
+                                      stream_of(stream));
+        },
+        py::arg("sizes"), py::kw_only(), py::arg("x"), py::arg("gate_weight"), py::arg("up_weight"), py::arg("gate"),
+        py::arg("up"), py::arg("act"), py::arg("device"), py::arg("stream"));
+    m.def(
+        "swiglu_backward",
+        [](const SwiGLU& sizes, uintptr_t d_out, uintptr_t down_weight, uintptr_t gate, uintptr_t up, uintptr_t d_gate,
+           uintptr_t d_up, uintptr_t act, int device, uintptr_t stream) {
+            minitrain::swiglu_backward(sizes, pointer<void>(d_out), pointer<void>(down_weight), pointer<void>(gate),
+                                       pointer<void>(up), pointer<void>(d_gate), pointer<void>(d_up),
+                                       pointer<void>(act), device, stream_of(stream));
+        },
+        py::arg("sizes"), py::kw_only(), py::arg("d_out"), py::arg("down_weight"), py::arg("gate"), py::arg("up"),
+        py::arg("d_gate"), py::arg("d_up"), py::arg("act"), py::arg("device"), py::arg("stream"));
+#endif
 
     // Rows of tokens to the order of experts and back: kernels/routed_rows.h.
     using minitrain::RoutedRows;

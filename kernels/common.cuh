@@ -28,12 +28,13 @@ inline void check(cudaError_t error, const char* what, Sizes sizes = {}) {
     throw std::runtime_error(message + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
-// Makes `device` the calling thread's current one while it lives, then the former one again.
+// Makes `device` the calling thread's current one while it lives, then the former one again. A thread that has not used
+// it gets its context, without which there are no tensor maps.
 class OnDevice {
 public:
     explicit OnDevice(int device) : device_(device) {
         check(cudaGetDevice(&former_), "cudaGetDevice");
-        if (former_ != device_) check(cudaSetDevice(device_), "cudaSetDevice", {{"device", device_}});
+        check(cudaSetDevice(device_), "cudaSetDevice", {{"device", device_}});
     }
     ~OnDevice() {
         if (former_ != device_) cudaSetDevice(former_);

@@ -1,7 +1,8 @@
 // Softmax cross-entropy in place: one CTA per row, two passes over it.
 //
 //   logits row   | head |  16-byte vectors: thread t takes t, t + 1024, t + 2048, ...  | tail |
-//   pass 1  -->  each thread: running max and sum of exponentials; then one merge over the CTA -> loss
+//   pass 1  -->  each thread: running max and sum of exponentials; then one merge over the CTA -> loss. Where the
+//                product that made the logits (logits_sm90.cu) has these of every 192 of them, only the merge
 //   pass 2  <--  exp(x - max) / sum, written over x; backwards, so that what pass 1 read last is still in L1 and L2
 //
 // Head and tail (under 8 elements each) are there because a row starts on a 16-byte border only if the vocabulary is a
@@ -14,11 +15,11 @@
 
 #include <cuda_bf16.h>
 
-#include <cfloat>
 #include <climits>
 #include <cmath>
 
 #include "common.cuh"
+#include "vectors.cuh"
 
 namespace minitrain {
 namespace {
@@ -27,12 +28,6 @@ constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
 constexpr int kLoads = 4;  // 16-byte loads in flight per thread: 64 KB per SM; latency x bandwidth asks for about 30
 constexpr int64_t kIgnore = -100;
-constexpr float kNoMax = -FLT_MAX / 2;  // below any logit, and finite: (-inf) - kNoMax is -inf, never NaN
-
-// sum of 2^(x * log2e - max) over the elements seen. NaNs do not move max; they reach the sum.
-struct Partial {
-    float max, sum;
-};
 
 // Symmetric to the bit, so that all lanes of a butterfly end with the same value.
 __device__ Partial merge(Partial a, Partial b) {
@@ -127,6 +122,12 @@ __device__ Partial max_and_sum(const Row<T>& row) {
     return mine;
 }
 
+__device__ Partial merge_all(const Partial* partials, int count) {
+    Partial mine = {kNoMax, 0.0f};
+    for (int i = threadIdx.x; i < count; i += kThreads) mine = merge(mine, partials[i]);
+    return mine;
+}
+
 template <typename T>
 __device__ void write_zeros(const Row<T>& row) {
     for (int64_t i = threadIdx.x; i < row.num_vectors; i += kThreads) row.vectors[i] = Vector<T>::filled(0.0f);
@@ -159,7 +160,8 @@ __device__ void write_softmax(const Row<T>& row, Partial all) {
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
-    cross_entropy_kernel(T* logits, const int64_t* targets, float* loss, int64_t vocab, bool write_grad) {
+    cross_entropy_kernel(T* logits, const int64_t* targets, float* loss, int64_t vocab, bool write_grad,
+                         const Partial* partials, int num_partials) {
     const Row<T> row(logits + blockIdx.x * vocab, vocab);
     const int64_t target = targets[blockIdx.x];
     if (target == kIgnore) {
@@ -169,7 +171,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     const bool valid = 0 <= target && target < vocab;
     const float x_target = valid ? float(row.x[target]) : NAN;  // before pass 2 overwrites it
-    const Partial all = merge_cta(max_and_sum(row));            // its barrier also ends every read of x_target
+    const Partial mine =
+        partials ? merge_all(partials + int64_t(blockIdx.x) * num_partials, num_partials) : max_and_sum(row);
+    const Partial all = merge_cta(mine);  // its barrier also ends every read of x_target
     // Both terms are relative to the same rounded max, whose error cancels: exact to fp32 however large the logits are.
     const float log2_p = fmaf(x_target, kLog2e, -all.max) - log2f(all.sum);
     if (threadIdx.x == 0) loss[blockIdx.x] = -kLn2 * log2_p;
@@ -179,16 +183,38 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x == 0 && valid) row.x[target] = T(exp2f(fmaf(x_target, kLog2e, -all.max)) / all.sum - 1.0f);
 }
 
+constexpr int kScaleThreads = 256;
+
+__global__ void scale_kernel(const void* x, bool is_bf16, const float* factor, __nv_bfloat16* out, int64_t numel) {
+    const int64_t first = (int64_t(blockIdx.x) * kScaleThreads + threadIdx.x) * kEach;
+    if (first + kEach <= numel) {
+        float values[kEach];
+        if (is_bf16) {
+            load8(values, static_cast<const __nv_bfloat16*>(x) + first);
+        } else {
+            const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(x) + first);
+            reinterpret_cast<float4*>(values)[0] = from[0], reinterpret_cast<float4*>(values)[1] = from[1];
+        }
+#pragma unroll
+        for (float& value : values) value *= *factor;
+        store8(out + first, values);
+    } else {
+        for (int64_t i = first; i < numel; ++i) out[i] = __nv_bfloat16(load(x, i, is_bf16) * *factor);
+    }
+}
+
 }  // namespace
 
 void softmax_cross_entropy(void* logits, Dtype dtype, const int64_t* targets, float* loss, int64_t rows, int64_t vocab,
-                           bool write_grad, int device, cudaStream_t stream) {
+                           bool write_grad, const Partial* partials, int num_partials, int device,
+                           cudaStream_t stream) {
     if (rows < 0 || rows > INT_MAX) throw std::invalid_argument("rows=" + std::to_string(rows) + " is not in 0..2^31");
     if (vocab < 1) throw std::invalid_argument("vocab=" + std::to_string(vocab) + " is not positive");
     if (rows == 0) return;
     const OnDevice guard(device);
     const auto launch = [&](auto* x) {
-        cross_entropy_kernel<<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(x, targets, loss, vocab, write_grad);
+        cross_entropy_kernel<<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(x, targets, loss, vocab, write_grad,
+                                                                                   partials, num_partials);
     };
     if (dtype == Dtype::bfloat16) {
         launch(static_cast<__nv_bfloat16*>(logits));
@@ -196,6 +222,16 @@ void softmax_cross_entropy(void* logits, Dtype dtype, const int64_t* targets, fl
         launch(static_cast<float*>(logits));
     }
     check(cudaGetLastError(), "softmax_cross_entropy", {{"rows", rows}, {"vocab", vocab}, {"device", device}});
+}
+
+void scale(const void* x, bool is_bf16, const float* factor, void* out, int64_t numel, int device,
+           cudaStream_t stream) {
+    if (numel == 0) return;
+    const OnDevice guard(device);
+    const int64_t blocks = (numel + kScaleThreads * kEach - 1) / (kScaleThreads * kEach);
+    scale_kernel<<<static_cast<unsigned>(blocks), kScaleThreads, 0, stream>>>(x, is_bf16, factor,
+                                                                              static_cast<__nv_bfloat16*>(out), numel);
+    check(cudaGetLastError(), "scale", {{"numel", numel}});
 }
 
 }  // namespace minitrain

@@ -311,9 +311,12 @@ MINITRAIN_DEVICE void store_row(__nv_bfloat16* to, const float (&x)[kRegisters],
     }
 }
 
-// ---- host: a map of (rows, heads, C) for boxes of `box_rows` rows of one head
+// ---- host: maps of what TMA reads
 
-inline CUtensorMap tensor_map(const Packed& x, int rows, int heads, int head_dim, int box_rows) {
+// Of bf16, swizzled by 128 bytes: the sizes of its dimensions, their strides but the first's in bytes, and of a box.
+template <int kDims>
+CUtensorMap tensor_map(const void* data, const cuuint64_t (&sizes)[kDims], const cuuint64_t (&strides)[kDims - 1],
+                       const cuuint32_t (&box)[kDims]) {
     using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
@@ -325,20 +328,25 @@ inline CUtensorMap tensor_map(const Packed& x, int rows, int heads, int head_dim
         if (found == nullptr) throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled");
         return reinterpret_cast<Encode>(found);
     }();
-    const cuuint64_t sizes[] = {64, cuuint64_t(rows), cuuint64_t(head_dim / 64), cuuint64_t(heads)};
-    const cuuint64_t strides[] = {cuuint64_t(x.row_stride) * 2, 128,
-                                  cuuint64_t(x.head_stride) * 2};  // bytes, but dim 0
-    const cuuint32_t box[] = {64, cuuint32_t(box_rows), cuuint32_t(head_dim / 64), 1}, steps[] = {1, 1, 1, 1};
+    cuuint32_t steps[kDims];
+    for (cuuint32_t& step : steps) step = 1;
     CUtensorMap map;
-    const CUresult error = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, x.data, sizes, strides, box, steps,
-                                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+    const CUresult error = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kDims, const_cast<void*>(data), sizes,
+                                  strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (error != CUDA_SUCCESS) {
-        throw std::runtime_error("cuTensorMapEncodeTiled(rows=" + std::to_string(rows) +
-                                 ", heads=" + std::to_string(heads) + ", row_stride=" + std::to_string(x.row_stride) +
-                                 "): CUresult " + std::to_string(error));
+        std::string message = "cuTensorMapEncodeTiled(row_bytes=" + std::to_string(strides[0]) + ", sizes=";
+        for (int i = 0; i < kDims; ++i) message += (i > 0 ? " x " : "") + std::to_string(sizes[i]);
+        throw std::runtime_error(message + "): CUresult " + std::to_string(error));
     }
     return map;
+}
+
+// Of (rows, heads, C), for boxes of `box_rows` rows of one head.
+inline CUtensorMap tensor_map(const Packed& x, int rows, int heads, int head_dim, int box_rows) {
+    return tensor_map<4>(x.data, {64, cuuint64_t(rows), cuuint64_t(head_dim / 64), cuuint64_t(heads)},
+                         {cuuint64_t(x.row_stride) * 2, 128, cuuint64_t(x.head_stride) * 2},
+                         {64, cuuint32_t(box_rows), cuuint32_t(head_dim / 64), 1});
 }
 
 }  // namespace minitrain::sm90

@@ -17,6 +17,12 @@ def runs_on(device_type: str, index: int | None) -> bool:
     return why_not(device_type, index) is None
 
 
+def runs_on_hopper(device_type: str, index: int | None) -> bool:
+    """Whether this device is one that the kernels for Hopper (sm_90a) were built for and run on."""
+    is_hopper = runs_on(device_type, index) and torch.cuda.get_device_capability(index) == (9, 0)
+    return is_hopper and "90a" in kernels.archs.split(";")
+
+
 @functools.cache
 def why_not(device_type: str, index: int | None) -> str | None:
     """Why the kernels do not run on this device, or None if they do. index: of a GPU."""
@@ -38,6 +44,11 @@ def stream_of(device: torch.device) -> int:
 def address(x: Tensor | None) -> int:
     """0 for None."""
     return 0 if x is None else x.data_ptr()
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x if it is contiguous and begins at a multiple of 16 bytes, as the copy engine wants it, else a copy."""
+    return x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def addressable(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minitrain import extension
-from minitrain.extension import address, addressable, kernels, packed, stream_of
+from minitrain.extension import address, addressable, kernels, packed, runs_on_hopper, stream_of
 
 HEAD_DIMS = {"hopper": (64, 128), "portable": (64, 96, 128, 192, 256)}
 
@@ -123,7 +123,8 @@ def why_not(device_type: str, dtype: torch.dtype, head_dim: int, device: int | N
     return None
 
 
-torch.compiler.assume_constant_result(extension.runs_on)  # marks it; here, since importing this takes the compiler
+for function in (extension.runs_on, runs_on_hopper):  # marks them; here, since importing this takes the compiler
+    torch.compiler.assume_constant_result(function)
 
 
 @torch.compiler.assume_constant_result  # a compiled caller sees the answer, not how it was found
@@ -133,8 +134,7 @@ def _is_hopper(kernel: str, device_type: str, device: int | None, dtype: torch.d
         raise ValueError(f"fused_attention: {reason}")
     if kernel not in ("auto", *HEAD_DIMS):
         raise ValueError(f"fused_attention: kernel={kernel!r} is unknown; there are: auto, {', '.join(HEAD_DIMS)}")
-    is_hopper = torch.cuda.get_device_capability(device) == (9, 0) and "90a" in kernels.archs.split(";")
-    can = is_hopper and head_dim in HEAD_DIMS["hopper"]
+    can = runs_on_hopper(device_type, device) and head_dim in HEAD_DIMS["hopper"]
     if kernel == "hopper" and not can:
         raise ValueError(
             "fused_attention: kernel='hopper' needs capability 9.0, a build for 90a, and head dim 64 or 128"

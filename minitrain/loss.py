@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from minitrain.batch import IGNORE, Batch
-from minitrain.extension import kernels, runs_on, stream_of
+from minitrain.extension import address, aligned, kernels, runs_on, runs_on_hopper, stream_of
 
 _PIECE_BYTES = 5 << 28  # 1.25 GiB of logits at a time, enough for full GEMM speed
 
@@ -48,7 +48,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, w_VD, targets_T, vocabulary, grad_enabled):
         with_d_x, with_d_w = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])  # these ignore no_grad
-        d_x = torch.empty_like(x_TD) if with_d_x else None
+        d_x = x_TD.new_empty(x_TD.shape) if with_d_x else None
         d_w = torch.zeros_like(w_VD, dtype=_wide(w_VD.dtype)) if with_d_w else None
         with_grad = with_d_x or with_d_w
         losses = []
@@ -57,10 +57,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(x_TD), rows):
             piece = slice(start, start + rows)
             x = x_TD[piece]
-            logits_NV = torch.mm(x, w_VD.T, out=buffer[: len(x)])
+            logits_NV = buffer[: len(x)]
             if vocabulary is _Whole:
-                losses.append(softmax_cross_entropy_(logits_NV, targets_T[piece], with_grad))
+                partials_NP2 = _write_logits(x, w_VD, logits_NV)
+                losses.append(softmax_cross_entropy_(logits_NV, targets_T[piece], with_grad, partials_NP2))
             else:
+                torch.mm(x, w_VD.T, out=logits_NV)
                 losses.append(_cut_softmax_cross_entropy_(logits_NV, targets_T[piece], vocabulary, with_grad))
             if with_d_x:  # logits_NV now holds their gradient
                 torch.mm(logits_NV, w_VD, out=d_x[piece])
@@ -75,9 +77,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d):
         d_x, d_w = ctx.saved_tensors
-        if d_w is not None:
-            d_w = torch.mul(d_w, d, out=d_w.new_empty(d_w.shape, dtype=ctx.w_dtype))  # rounded on the way
-        return d_x if d_x is None else d_x * d, d_w, None, None, None
+        d_x = None if d_x is None else _scaled(d_x, d, d_x.dtype)
+        d_w = None if d_w is None else _scaled(d_w, d, ctx.w_dtype)
+        return d_x, d_w, None, None, None
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -90,11 +92,47 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
         out.addmm_(a.to(out.dtype), b.to(out.dtype))
 
 
+def _write_logits(x_ND: Tensor, w_VD: Tensor, out_NV: Tensor) -> Tensor | None:
+    """out = x @ w.T; -> if a kernel for Hopper can, what the softmax needs of P parts of each row, (N, P, 2) fp32."""
+    (N, D), V = x_ND.shape, len(w_VD)
+    is_bf16 = x_ND.dtype == w_VD.dtype == torch.bfloat16
+    if not is_bf16 or D % 64 or V % 8 or N == 0 or not runs_on_hopper(x_ND.device.type, x_ND.device.index):
+        torch.mm(x_ND, w_VD.T, out=out_NV)
+        return None
+    x_ND, w_VD = aligned(x_ND), aligned(w_VD)
+    partials_NP2 = x_ND.new_empty(N, kernels.num_partials(V), 2, dtype=torch.float32)
+    kernels.logits_with_partials(
+        x=x_ND.data_ptr(),
+        weight=w_VD.data_ptr(),
+        rows=N,
+        depth=D,
+        vocab=V,
+        logits=out_NV.data_ptr(),
+        partials=partials_NP2.data_ptr(),
+        device=x_ND.device.index,
+        stream=stream_of(x_ND.device),
+    )
+    return partials_NP2
+
+
+def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """x * factor, rounded to dtype on the way. x is contiguous, factor 0-d."""
+    out = torch.empty_like(x, dtype=dtype)
+    if dtype != torch.bfloat16 or factor.dtype != torch.float32 or not runs_on(x.device.type, x.device.index):
+        return torch.mul(x, factor, out=out)
+    where = x.device.index, stream_of(x.device)
+    kernels.scale(x.data_ptr(), x.dtype == dtype, factor.data_ptr(), out.data_ptr(), x.numel(), *where)
+    return out
+
+
 @torch.library.custom_op("minitrain::softmax_cross_entropy_", mutates_args={"logits_NV"})
-def softmax_cross_entropy_(logits_NV: Tensor, targets_N: Tensor, write_grad: bool) -> Tensor:
+def softmax_cross_entropy_(
+    logits_NV: Tensor, targets_N: Tensor, write_grad: bool, partials_NP2: Tensor | None = None
+) -> Tensor:
     """-> losses (N,) fp32, 0 where the target is IGNORE. write_grad: logits become softmax - onehot, in place.
 
-    logits (N, V) contiguous, bf16 or fp32 (on the CPU also fp64, whose losses are fp64); targets (N,) int64.
+    logits (N, V) contiguous, bf16 or fp32 (on the CPU also fp64, whose losses are fp64); targets (N,) int64. partials:
+    what was found of the logits when they were made, which are then read once less.
     """
     return _in_torch(logits_NV, targets_N, write_grad)
 
@@ -118,7 +156,7 @@ def _rows_in_torch(logits_NV, targets_N, write_grad):
 
 
 @softmax_cross_entropy_.register_fake
-def _(logits_NV, targets_N, write_grad):
+def _(logits_NV, _targets_N, _write_grad, _partials_NP2=None):
     return logits_NV.new_empty(len(logits_NV), dtype=_wide(logits_NV.dtype))
 
 
@@ -148,7 +186,7 @@ def _cut_softmax_cross_entropy_(logits_NV: Tensor, targets_N: Tensor, vocabulary
 if kernels is not None:
 
     @softmax_cross_entropy_.register_kernel("cuda")
-    def _(logits_NV, targets_N, write_grad):
+    def _(logits_NV, targets_N, write_grad, partials_NP2=None):
         if not runs_on(logits_NV.device.type, logits_NV.device.index):
             return _in_torch(logits_NV, targets_N, write_grad)
         N, V = logits_NV.shape
@@ -165,5 +203,7 @@ if kernels is not None:
             write_grad=write_grad,
             device=logits_NV.device.index,
             stream=stream_of(logits_NV.device),
+            partials=address(partials_NP2),
+            num_partials=0 if partials_NP2 is None else partials_NP2.shape[1],
         )
         return losses_N

@@ -1,7 +1,8 @@
 """How much memory a run takes on each rank, from its config alone: nothing is allocated.
 
 Weights, gradients, states and buffers are counted as the trainer allocates them. Activations are what a compiled block
-keeps for its backward: the input of every matrix product and of attention, once, or what train.recompute leaves of it.
+keeps for its backward: the input of every matrix product and of attention, once, or what train.recompute leaves of it;
+without the third of SwiGLU's (minitrain/swiglu.py), which is less than a GPU older than Hopper keeps.
 The CUDA context, NCCL and what the allocator loses are not counted.
 """
 
@@ -189,7 +190,8 @@ def _kept_by_block(cfg: Config, recompute: str) -> int:
     if recompute == "block":
         return stream + T * q
     if recompute == "none":  # the residual stream and its norm, twice; q and k before and after RoPE; SwiGLU's
-        return 2 * stream + T * (2 * D + 3 * q + kv + 3 * inner + 2 * experts * D) + 2 * _keys(cfg) * kv
+        products = 3 if experts or cfg.parallel.pp_schedule == "zb-h1" else 2  # 2: kernels make their product again
+        return 2 * stream + T * (2 * D + 3 * q + kv + products * inner + 2 * experts * D) + 2 * _keys(cfg) * kv
     products = T * (2 * q + 2 * kv + D + 2 * inner + experts * D)  # results of matrix products, and of attention
     products += T * D if tp > 1 and not experts else 0  # of the last one, before ranks add theirs up
     products += T * experts * D if cfg.parallel.ep > 1 else 0  # rows that came for the experts

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from minitrain import extension, fused_attention, multi_tensor, norm_rotate, routed_rows
+from minitrain import extension, fused_attention, multi_tensor, norm_rotate, routed_rows, swiglu
 
 
 @pytest.fixture
@@ -25,12 +25,13 @@ def gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "archs, capability, reason",
+    "archs, capability, reason",  # why not, of those that are not for Hopper alone
     [
         ("80;90a", (8, 0), None),
         ("80;90a", (10, 0), None),
         ("80;90a", (7, 5), "built for 80;90a, and this GPU has compute capability 7.5"),
         ("90a", (9, 0), None),
+        ("80", (9, 0), None),
         ("90a", (8, 0), "built for 90a, and this GPU has compute capability 8.0"),
         (None, (9, 0), "not built"),
     ],
@@ -42,6 +43,9 @@ def test_every_kernel_runs_on_the_gpus_it_was_built_for(gpu, archs, capability, 
         weight = torch.empty(64, device="cuda", dtype=torch.bfloat16)
     found = [norm_rotate.can_run(x, weight), routed_rows.can_run(x), multi_tensor.can_step([p])]
     assert found == [reason is None] * 3
+    with FakeTensorMode():
+        x_TD, weight_FD = (torch.empty(n, 128, device="cuda", dtype=torch.bfloat16) for n in (7, 64))
+    assert swiglu.can_run(x_TD, weight_FD) == (reason is None and "90a" in archs and capability == (9, 0))
     for why_not in (extension.why_not("cuda", 0), fused_attention.why_not("cuda", torch.bfloat16, 64)):
         assert (why_not is None) if reason is None else (reason in why_not)
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1] / "minitrain"
 FLOORS = [
     {"boxes", "config", "kernels"},
     {"deterministic", "extension", "parallel.comm", "parallel.layout", "parallel.recompute", "signals", "storage"},
-    {"fused_attention", "multi_tensor", "norm_rotate", "routed_rows", "shards", "batch", "parallel.mesh",
+    {"fused_attention", "multi_tensor", "norm_rotate", "routed_rows", "swiglu", "shards", "batch", "parallel.mesh",
      "parallel.window", "pieces"},
     {"attention"},
     {

@@ -9,8 +9,8 @@ from torch.utils._pytree import tree_leaves
 
 from minitrain import loss
 from minitrain.batch import IGNORE, Batch
-from minitrain.extension import runs_on
-from minitrain.loss import cross_entropy, softmax_cross_entropy_
+from minitrain.extension import runs_on, runs_on_hopper
+from minitrain.loss import _scaled, _write_logits, cross_entropy, softmax_cross_entropy_
 
 T, D, V = 23, 16, 101
 
@@ -199,9 +199,9 @@ def test_the_operator_writes_the_gradient_only_when_asked(dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_the_gpu_it_is_no_worse_than_full_logits(monkeypatch, dtype):
+@pytest.mark.parametrize("V", [50_257, 50_304])
+def test_on_the_gpu_it_is_no_worse_than_full_logits(monkeypatch, dtype, V):
     """Through minitrain.kernels where they are built, else through torch."""
-    V = 50_257
     set_rows(monkeypatch, 100)
     inputs = make(T=1000, D=256, V=V, dtype=dtype, device="cuda")
     actual, plain, exact = in_pieces(*inputs), full_logits(*inputs, dtype=dtype), full_logits(*inputs)
@@ -224,6 +224,31 @@ def test_on_the_gpu_the_kernel_equals_torchs_operations():
         losses.cpu(), softmax_cross_entropy_(by_torch, targets.cpu(), True), rtol=1e-5, atol=1e-5
     )
     torch.testing.assert_close(by_kernel.cpu(), by_torch, rtol=2**-7, atol=1e-8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("N, D, V", [(1, 64, 8), (300, 128, 1000), (129, 192, 192), (1000, 1024, 151_936)])
+def test_what_is_found_of_logits_as_they_are_made_is_what_a_second_look_finds(N, D, V):
+    if not runs_on_hopper("cuda", 0):
+        pytest.skip("needs a Hopper GPU and the CUDA extension")
+    x, w, logits = (torch.randn(shape, device="cuda").bfloat16() for shape in ((N, D), (V, D), (N, V)))
+    x[N // 2], x[N // 3] = torch.nan, torch.inf
+    targets = torch.randint(V, (N,), device="cuda")
+    partials = _write_logits(x, w, logits.fill_(torch.nan))
+    torch.testing.assert_close(logits, x @ w.T, rtol=2**-7, atol=1e-3 * D**0.5, equal_nan=True)
+    found = softmax_cross_entropy_(logits.clone(), targets, True, partials)
+    expected = softmax_cross_entropy_(logits, targets, True)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+    assert found.isnan().sum() == len({N // 2, N // 3})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_the_gpu_gradients_are_scaled_to_the_bit(dtype):
+    factor = torch.tensor(1 / 3, device="cuda")
+    for size in (1, 7, 8, 1000, 4099):
+        x = torch.randn(size, device="cuda").to(dtype)
+        assert _scaled(x, factor, torch.bfloat16).equal((x.float() * factor).bfloat16())
 
 
 @pytest.mark.gpu

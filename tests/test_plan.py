@@ -18,35 +18,26 @@ from minitrain.plan import predict_memory
 from minitrain.train import forward_backward
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-MEASURED = [  # GiB at peak on one GPU: benchmarks/2026-11-25-one-gpu.md, for cheap 2026-11-26-h200.md
-    (49.7, "qwen3_0.6b", []),
-    (34.3, "qwen3_0.6b", ["--train.recompute=cheap"]),
-    (16.4, "qwen3_0.6b", ["--train.recompute=block"]),
-    (12.9, "qwen3_0.6b", ["--train.recompute=full"]),
-    (67.2, "qwen3_30b_a3b", ["--model.num_hidden_layers=6"]),
-    (65.2, "qwen3_30b_a3b", ["--model.num_hidden_layers=6", "--train.recompute=cheap"]),
-]
-LAYOUTS = [  # of Qwen3 8B on four GPUs: GiB, tokens and rows, [parallel], [train]
-    (66.3, (8192, 4), {"zero": 3}, {"recompute": "cheap"}, {}),
-    (91.1, (8192, 4), {"zero": 2}, {"recompute": "none"}, {}),
-    (64.6, (4096, 16), {"pp": 4}, {"recompute": "none"}, {}),
-    (46.3, (131_072, 1), {"cp": 4, "zero": 3}, {"recompute": "cheap"}, {"num_hidden_layers": 9}),
-]
+MEASURED = [  # GiB at peak, ranks: benchmarks/2026-11-26-h200.md and -four-gpus.md; experts 2026-11-25-one-gpu.md
+    (43.1, 1, "qwen3_0.6b", []),
+    (34.4, 1, "qwen3_0.6b", ["--train.recompute=cheap"]),
+    (15.1, 1, "qwen3_0.6b", ["--train.recompute=block"]),
+    (11.6, 1, "qwen3_0.6b", ["--train.recompute=full"]),
+    (67.2, 1, "qwen3_30b_a3b", ["--model.num_hidden_layers=6"]),
+    (65.2, 1, "qwen3_30b_a3b", ["--model.num_hidden_layers=6", "--train.recompute=cheap"]),
+    (45.4, 2, "qwen3_0.6b", []),
+    (41.0, 2, "qwen3_0.6b", ["--parallel.zero=3"]),
+    (24.8, 2, "qwen3_0.6b", ["--parallel.tp=2"]),
+    (66.3, 4, "qwen3_8b", ["--parallel.zero=3", "--train.recompute=cheap"]),
+    (46.3, 4, "qwen3_8b", ["--parallel.zero=3", "--train.recompute=cheap", "--parallel.cp=4", "--data.rows_per_step=1",
+                           "--data.tokens_per_row=131_072", "--model.num_hidden_layers=9"]),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("gib, config, flags", MEASURED)
-def test_the_peak_is_within_8_percent_of_what_was_measured(gib, config, flags):
-    cfg = load_config(CONFIGS / f"{config}.toml", ["--data.rows_per_step=1", *flags], default_config)
-    assert predict_memory(cfg).peak / 2**30 == pytest.approx(gib, rel=0.08)
-
-
-@pytest.mark.parametrize("gib, row, parallel, train, model", LAYOUTS)
-def test_the_peak_of_a_rank_is_within_8_percent_of_what_was_measured(gib, row, parallel, train, model):
-    data = {"tokens_per_row": row[0], "rows_per_step": row[1]}
-    sections = {"data": data, "parallel": parallel, "train": train, "model": model}
-    flags = [f"--{section}.{name}={value}" for section, of in sections.items() for name, value in of.items()]
-    cfg = load_config(CONFIGS / "qwen3_8b.toml", flags, default_config)
-    assert predict_memory(cfg, 4).peak / 2**30 == pytest.approx(gib, rel=0.08)
+@pytest.mark.parametrize("gib, ranks, config, flags", MEASURED)
+def test_the_peak_of_a_rank_is_within_8_percent_of_what_was_measured(gib, ranks, config, flags):
+    cfg = load_config(CONFIGS / f"{config}.toml", [f"--data.rows_per_step={ranks}", *flags], default_config)
+    assert predict_memory(cfg, ranks).peak / 2**30 == pytest.approx(gib, rel=0.08)
 
 
 def nbytes(tensors):
@@ -151,9 +142,10 @@ def test_of_stages_the_one_that_takes_most_counts():
     cfg.parallel.pp_schedule = "gpipe"
     assert predict_memory(cfg, 4).activations > 3 * one.activations  # 16 rows are under way, not 4
     cfg.parallel.pp_schedule, cfg.train.recompute = "zb-h1", "none"
-    deferred = predict_memory(cfg, 4).activations  # a row takes about as much while its gradients of weights wait
+    deferred = predict_memory(cfg, 4)  # a row takes about as much while its gradients of weights wait, and ...
     cfg.parallel.pp_schedule = "1f1b"
-    assert deferred == pytest.approx(predict_memory(cfg, 4).activations, rel=0.05)
+    third = 4 * 9 * 2 * cfg.data.tokens_per_row * cfg.model.intermediate_size  # ... of SwiGLU what is kept by no kernel
+    assert deferred.activations == pytest.approx(predict_memory(cfg, 4).activations + third, rel=0.05)
 
 
 def test_experts_that_are_shared_out_are_counted_where_they_are():

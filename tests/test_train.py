@@ -18,6 +18,7 @@ from minitrain import (
     norm_rotate,
     routed_rows,
     save_pretrained,
+    swiglu,
     train,
 )
 from minitrain.batch import IGNORE
@@ -448,7 +449,7 @@ def test_on_the_gpu_loss_and_gradients_are_as_near_to_exact_ones_as_plain_bf16s(
 
     exact = of("cpu", torch.float64)
     fast = of("cuda", torch.bfloat16, recompute=recompute)
-    for module in (norm_rotate, routed_rows):
+    for module in (norm_rotate, routed_rows, swiglu):
         monkeypatch.setattr(module, "can_run", lambda *_: False)
     plain = of("cuda", torch.bfloat16, attention="reference", compile="off")
     for name, value in exact.items():

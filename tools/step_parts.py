@@ -31,7 +31,7 @@ _OPERATIONS = {  # of a part, by what the profiler calls them; the first part co
     "loss": r"_LinearCrossEntropy",
     "optimizer": r"^Optimizer\.step|AccumulateGrad|^minitrain::global_norm|^aten::_foreach_",
     "attention": r"(::|^triton_tem_).*(attention|attn|flash)",
-    "GEMMs": r"^aten::(mm|addmm|bmm|baddbmm|_grouped_mm)$",
+    "GEMMs": r"^aten::(mm|addmm|bmm|baddbmm|_grouped_mm)$|^minitrain::swiglu",
 }
 _PARTS = [*_OPERATIONS, "pointwise", "idle"]
 PARTS = [part for part in _PARTS if part != "communication"]
@@ -148,9 +148,9 @@ def _pointwise_elements(model: nn.Module, forwards: int) -> int:
                     forward, read -> written                backward
         norm        x, y -> x + y, its norm     4 D         d_out, d_sum, x + y -> d_x      4 D
         heads       q, k -> normed, turned      2 (q + k)   theirs; q, k -> theirs          3 (q + k), without norm 2
-        SwiGLU      gate, up -> product         3 F         its; gate, up -> theirs         5 F
+        SwiGLU      none: done by the kernels of its products
         experts     x -> A copies               (A + 1) D   theirs -> d_x                   (A + 1) D
-                    SwiGLU of each              3 A F       as above                        5 A F
+                    SwiGLU of each              3 A F       its; gate, up -> theirs         5 A F
                     A results -> their sum      (A + 1) D   its; A results -> theirs        (2 A + 1) D
 
     Two norms a block, one more and the embedding around them. Recomputation runs the forward of blocks again. Left out
@@ -164,9 +164,6 @@ def _pointwise_elements(model: nn.Module, forwards: int) -> int:
     if A := getattr(cfg, "num_experts_per_tok", 0):
         forward += 2 * (A + 1) * D + 3 * A * cfg.moe_intermediate_size
         backward += (3 * A + 2) * D + 5 * A * cfg.moe_intermediate_size
-    else:
-        forward += 3 * cfg.intermediate_size
-        backward += 5 * cfg.intermediate_size
     ends = 2 * (2 + 4) * D  # embedding, last norm
     return cfg.num_hidden_layers * (forwards * forward + backward) + ends
 

@@ -121,6 +121,24 @@ def norm_rotate(x_THC: Tensor, norm: nn.Module, cos_TC2: Tensor, sin_TC2: Tensor
     return rotate(norm(x_THC), cos_TC2, sin_TC2)
 
 
+def swiglu(x_TD: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
+    """down(silu(gate(x)) * up(x)): with the pointwise work inside of products where those are plain and a kernel can.
+
+    Shazeer 2020, arXiv:2002.05202.
+    """
+    from minitrain.swiglu import can_run, swiglu  # on use only
+
+    if all(map(_is_plain, (gate, up, down))) and can_run(x_TD, gate.weight, up.weight, down.weight):
+        return swiglu(x_TD, gate.weight, up.weight, down.weight)
+    return down(F.silu(gate(x_TD)) * up(x_TD))
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether calling it is F.linear with its weight, and nothing else: no class, bias or hook of somebody's own."""
+    hooks = linear._forward_pre_hooks, linear._forward_hooks, linear._backward_pre_hooks, linear._backward_hooks
+    return type(linear) is nn.Linear and linear.bias is None and not any(hooks) and "forward" not in vars(linear)
+
+
 # How parallel/tp.py cuts these modules over ranks, by name. A model with other modules says so in its own TP_PLAN.
 #   vocabulary     rows of a matrix with one for each token
 #   sublayer       gets the tokens of all ranks and the batch as its last argument; its result is a sum over ranks
@@ -177,16 +195,17 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)): Shazeer 2020, arXiv:2002.05202."""
+    """The dense feed-forward layer."""
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.swiglu = swiglu  # a seam, as Attention has
 
     def forward(self, x_TD: Tensor, batch: Batch | None = None) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        return self.swiglu(x_TD, self.gate_proj, self.up_proj, self.down_proj)
 
 
 class Block(nn.Module):
