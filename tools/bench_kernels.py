@@ -1,21 +1,27 @@
-"""Speed of the kernels that are bound by memory: GB/s beside a copy of as many bytes and beside torch.compile.
+"""Speed of kernels: those bound by memory beside a copy of as many bytes, products beside cuBLAS and torch.compile.
 
     python tools/bench_kernels.py [--repeats 30]
 
 32,768 tokens with 16 query and 8 key heads of 128 channels for RMSNorm with RoPE, (4,096, 151,936) logits for the
-cross-entropy; bf16. Bytes are those that must be read and written once. Before each call L2 is flushed; medians.
+cross-entropy; bf16. Bytes are those that must be read and written once. SwiGLU of the 0.6B (32,768 tokens) and of the
+4B (8,192), and their logits of 4,096 tokens, random numbers. Before each call L2 is flushed; medians.
 """
 
 import argparse
 import datetime
+import functools
 import statistics
 
 import torch
+import torch._functorch.config
+import torch.nn.functional as F
 from torch import nn
 
 from minitrain import norm_rotate as fused
-from minitrain.loss import softmax_cross_entropy_
+from minitrain.extension import runs_on_hopper
+from minitrain.loss import _write_logits, softmax_cross_entropy_
 from minitrain.models.layers import rotate
+from minitrain.swiglu import swiglu_products, swiglu_products_bwd
 
 T, HEADS, C, EPS = 32_768, (16, 8), 128, 1e-6
 
@@ -75,6 +81,44 @@ def cross_entropy_cases():
     }
 
 
+def product_cases():
+    """-> {name: (FLOPs, ours, peer)}, on Hopper."""
+    act = torch.compile(lambda gate, up: F.silu(gate) * up, dynamic=False)
+
+    @functools.partial(torch.compile, dynamic=False)
+    def differentiate(d, gate, up):
+        silu, gate_vjp = torch.func.vjp(F.silu, gate)
+        return *gate_vjp(d * up), d * silu, silu * up
+
+    def cases(model, T, D, inner):
+        x, *weights, d_out = (
+            torch.randn(shape, device="cuda").bfloat16()
+            for shape in ((T, D), (inner, D), (inner, D), (D, inner), (151_936, D), (T, D))
+        )
+        gate_w, up_w, down_w, head = weights
+        gate, up, _ = swiglu_products(x, gate_w, up_w)
+        some, logits = x[:4096], x.new_empty(4096, len(head))
+        return {
+            f"{model}: SwiGLU's first products": (
+                4 * T * D * inner,
+                lambda: swiglu_products(x, gate_w, up_w),
+                lambda: act(x @ gate_w.T, x @ up_w.T),
+            ),
+            f"{model}: gradient of its last": (
+                2 * T * D * inner,
+                lambda: swiglu_products_bwd(d_out, down_w, gate, up),
+                lambda: differentiate(d_out @ down_w, gate, up),
+            ),
+            f"{model}: logits": (
+                2 * some.numel() * len(head),
+                lambda: _write_logits(some, head, logits),
+                lambda: torch.mm(some, head.T, out=logits),
+            ),
+        }
+
+    return cases("0.6B", 32_768, 1024, 3072) | cases("4B", 8192, 2560, 9728)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--repeats", type=int, default=30)
@@ -92,6 +136,12 @@ def main() -> None:
         print(
             f"| {name} | {size / 1e6:.0f} | {ms:.3f} | {size / ms / 1e6:.0f} | {copy / ms:.0%} | {peer} |", flush=True
         )
+    if not runs_on_hopper("cuda", 0):
+        return
+    print("\n| product | ms | TFLOP/s | torch, ms |\n|---|---|---|---|")
+    for name, (flops, ours, peer) in product_cases().items():
+        ms, peer_ms = (milliseconds(call, options.repeats) for call in (ours, peer))
+        print(f"| {name} | {ms:.3f} | {flops / ms / 1e9:.0f} | {peer_ms:.3f} |", flush=True)
 
 
 if __name__ == "__main__":
