@@ -145,3 +145,27 @@ def test_on_a_cpu_it_is_the_plain_function():
     for linear, weight in zip(linears, (gate, up, down), strict=True):
         linear.weight = nn.Parameter(weight)
     assert torch.equal(swiglu(x, *linears), plain(x, gate, up, down))
+
+
+@pytest.mark.parametrize("frozen", [None, "x", "gate", "up", "down"])
+def test_what_is_made_of_the_kernels_results_are_the_gradients(monkeypatch, frozen):
+    """In float64 on a CPU, with torch's operations for the kernels."""
+
+    def products(x, gate, up):
+        gate, up = F.linear(x, gate), F.linear(x, up)
+        return gate, up, F.silu(gate) * up
+
+    def products_bwd(d_out, down, gate, up):
+        silu, vjp = torch.func.vjp(F.silu, gate)
+        return *vjp(d_out @ down * up), d_out @ down * silu, silu * up
+
+    monkeypatch.setattr(fused, "swiglu_products", products)
+    monkeypatch.setattr(fused, "swiglu_products_bwd", products_bwd)
+    *inputs, d_out = (t.double() for t in make(5, 8, 12, device="cpu"))
+    inputs = dict(zip(("x", "gate", "up", "down"), inputs, strict=True))
+    trained = [t.requires_grad_() for name, t in inputs.items() if name != frozen]
+    out, expected = fused.swiglu(*inputs.values()), plain(*inputs.values())
+    torch.testing.assert_close(out, expected)
+    gradients = (torch.autograd.grad(y, trained, d_out) for y in (out, expected))
+    for got, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, wanted)
