@@ -64,13 +64,16 @@ PYBIND11_MODULE(kernels, m) {
         "loss := logsumexp - logit[target] per row; if write_grad, logits := softmax - onehot(target), in place.\n"
         "logits (rows, vocab) contiguous, targets (rows,) int64 with -100 for rows to skip, loss (rows,) fp32.");
 
-    m.def("scale",
-          [](uintptr_t x, bool is_bf16, uintptr_t factor, uintptr_t out, int64_t numel, int device, uintptr_t stream) {
-              minitrain::scale(pointer<void>(x), is_bf16, pointer<float>(factor), pointer<void>(out), numel, device,
-                               stream_of(stream));
-          });
+    m.def(
+        "scale",
+        [](uintptr_t x, bool is_bf16, uintptr_t factor, uintptr_t out, int64_t numel, int device, uintptr_t stream) {
+            minitrain::scale(pointer<void>(x), is_bf16, pointer<float>(factor), pointer<void>(out), numel, device,
+                             stream_of(stream));
+        },
+        py::kw_only(), py::arg("x"), py::arg("is_bf16"), py::arg("factor"), py::arg("out"), py::arg("numel"),
+        py::arg("device"), py::arg("stream"));
 #if MINITRAIN_SM90
-    m.def("num_partials", &minitrain::num_partials);
+    m.def("num_partials", &minitrain::num_partials, py::arg("vocab"));
     m.def(
         "logits_with_partials",
         [](uintptr_t x, uintptr_t weight, int rows, int depth, int vocab, uintptr_t logits, uintptr_t partials,

@@ -19,11 +19,12 @@ constexpr int kBytesA = kRows * kDepth * 2, kBytesB = kCols * kDepth * 2, kBytes
 constexpr int kTall = 8;  // a cluster's tiles above each other in the order of work: L2 keeps their left operand
 constexpr int kTurn = 1;  // named barriers, one for each warpgroup that multiplies
 
-// Panels of two more matrices, which a tile's end reads.
+// Panels of two more matrices, which a tile's end reads. Each warpgroup has its own barriers for those of its tiles:
+// one of the other's would look full where it has not come to the phase before.
 template <int kStages>
 struct SideMemory {
     __nv_bfloat16 panels[kStages][2][kRows * kPanel];
-    Mbarrier full[kStages], empty[kStages];
+    Mbarrier full[2][kCols / kPanel], empty[kStages];
 };
 template <>
 struct SideMemory<0> {};
@@ -90,7 +91,8 @@ struct Tiles {
 // The two halves of 64 rows that a warpgroup has of a tile, in sm90.cuh's order.
 using Accumulator = float[2][kCols / 2];
 
-// A thread's share of what is stored, in pieces of 8 columns: four pieces of 16 rows each, then the next 32 columns.
+// A thread's share of what is stored, in pieces of 8 columns of a row: rows 0, 8, 64 and 72 further on, then the next
+// 32 columns.
 struct Pieces {
     int row, column, rows, cols;  // of the first piece; of the matrix
 
@@ -120,19 +122,21 @@ MINITRAIN_DEVICE float2 floats(uint32_t pair) { return __bfloat1622float2(reinte
 
 // ---- the kernel
 
-// What a thread reads of the side panels, 64 columns at a time.
+// What a thread reads of the side panels of a tile, one panel after the other.
 template <int kStages>
 struct SideReader {
     SideMemory<kStages>& side;
+    int turn;  // of the CTA's tiles
     Ring<kStages> ring;
 
-    MINITRAIN_DEVICE void wait() { side.full[ring.stage()].wait(ring.parity()); }
+    MINITRAIN_DEVICE void wait(int panel) { side.full[turn % 2][panel].wait(turn / 2 % 2); }
     MINITRAIN_DEVICE uint4 get(int matrix, int piece) const {
         const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + Pieces::row_in_tile(piece);
         const int chunk = piece / 4 % 2 * 4 + threadIdx.x % 4;
         return reinterpret_cast<const uint4*>(side.panels[ring.stage()][matrix])[row * 8 + (chunk ^ row % 8)];
     }
     MINITRAIN_DEVICE void release() {
+        fence_async();  // its next contents are written by the copy engine
         __syncwarp();
         side.empty[ring.stage()].arrive_as_warp();
         ring.next();
@@ -160,16 +164,18 @@ __device__ void load_operands(Memory& shared, const Product& product, const Tile
 template <typename Product, typename Memory>
 __device__ void load_sides(Memory& shared, const Product& product, const Tiles& tiles, int rank) {
     Ring<Product::kSideStages> ring;
-    for (int number = blockIdx.x / 2; number < tiles.count(); number += gridDim.x / 2) {
+    int turn = 0;
+    for (int number = blockIdx.x / 2; number < tiles.count(); number += gridDim.x / 2, ++turn) {
         const int2 tile = tiles.at(number);
 #pragma unroll 1  // 24 registers
-        for (int column = 0; column < Product::kWide; column += kPanel, ring.next()) {
+        for (int panel = 0; panel < Product::kWide / kPanel; ++panel, ring.next()) {
             const int s = ring.stage();
+            Mbarrier& full = shared.side.full[turn % 2][panel];
             shared.side.empty[s].wait(ring.parity() ^ 1);
-            shared.side.full[s].arrive_and_expect(2 * kBytesSide);
+            full.arrive_and_expect(2 * kBytesSide);
             for (int i = 0; i < 2; ++i) {
-                load_box(shared_address(shared.side.panels[s][i]), &product.sides[i], shared.side.full[s],
-                         (2 * tile.x + rank) * kRows, tile.y * Product::kWide + column);
+                load_box(shared_address(shared.side.panels[s][i]), &product.sides[i], full, (2 * tile.x + rank) * kRows,
+                         tile.y * Product::kWide + panel * kPanel);
             }
         }
     }
@@ -192,7 +198,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
         if (shared_address(&shared) % 1024) __trap();  // TMA's and wgmma's swizzle count on it
         for (int i = 0; i < kStages; ++i) shared.full[i].init(1), shared.empty[i].init(8);  // 4 warps of either CTA
         if constexpr (kSideStages > 0) {
-            for (int i = 0; i < kSideStages; ++i) shared.side.full[i].init(1), shared.side.empty[i].init(4);
+            for (int i = 0; i < kSideStages; ++i) shared.side.empty[i].init(4);
+            for (int i = 0; i < kPanels; ++i) shared.side.full[0][i].init(1), shared.side.full[1][i].init(1);
         }
         fence_mbarrier_init();
     }
@@ -242,7 +249,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
             const int2 tile = tiles.at(number);
             const int thread = threadIdx.x % 128;
             const int row = (2 * tile.x + rank) * kRows + thread / 32 * 16 + thread % 32 / 4;
-            SideReader<kSideStages> sides{shared.side, {uint32_t(turn * kPanels)}};
+            SideReader<kSideStages> sides{shared.side, turn, {uint32_t(turn * kPanels)}};
             product.finish(x, Pieces{row, tile.y * Product::kWide + thread % 4 * 8, rows, cols}, sides);
         }
     }

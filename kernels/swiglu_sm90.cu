@@ -55,7 +55,7 @@ struct SwiGLUBackward {
     MINITRAIN_DEVICE void finish(const Accumulator& x, const Pieces& pieces, Sides& sides) const {
 #pragma unroll
         for (int piece = 0; piece < kWide / 8; ++piece) {
-            if (piece % 8 == 0) sides.wait();
+            if (piece % 8 == 0) sides.wait(piece / 8);
             uint32_t d_acts[4];
             Pieces::pack_pairs(x, 0, piece, d_acts);
             uint4 d = gather_group(d_acts), gate = sides.get(0, piece), up = sides.get(1, piece);

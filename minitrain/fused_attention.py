@@ -123,8 +123,8 @@ def why_not(device_type: str, dtype: torch.dtype, head_dim: int, device: int | N
     return None
 
 
-for function in (extension.runs_on, runs_on_hopper):  # marks them; here, since importing this takes the compiler
-    torch.compiler.assume_constant_result(function)
+torch.compiler.assume_constant_result(extension.runs_on)  # marks it; here, since importing this takes the compiler
+torch.compiler.assume_constant_result(runs_on_hopper)
 
 
 @torch.compiler.assume_constant_result  # a compiled caller sees the answer, not how it was found

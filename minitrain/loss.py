@@ -120,8 +120,15 @@ def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty_like(x, dtype=dtype)
     if dtype != torch.bfloat16 or factor.dtype != torch.float32 or not runs_on(x.device.type, x.device.index):
         return torch.mul(x, factor, out=out)
-    where = x.device.index, stream_of(x.device)
-    kernels.scale(x.data_ptr(), x.dtype == dtype, factor.data_ptr(), out.data_ptr(), x.numel(), *where)
+    kernels.scale(
+        x=x.data_ptr(),
+        is_bf16=x.dtype == dtype,
+        factor=factor.data_ptr(),
+        out=out.data_ptr(),
+        numel=x.numel(),
+        device=x.device.index,
+        stream=stream_of(x.device),
+    )
     return out
 
 

@@ -2,7 +2,7 @@
 
 Weights, gradients, states and buffers are counted as the trainer allocates them. Activations are what a compiled block
 keeps for its backward: the input of every matrix product and of attention, once, or what train.recompute leaves of it;
-without the third of SwiGLU's (minitrain/swiglu.py), which is less than a GPU older than Hopper keeps.
+where minitrain/swiglu.py can run on a Hopper GPU without the third of SwiGLU's, which is less than other GPUs keep.
 The CUDA context, NCCL and what the allocator loses are not counted.
 """
 
@@ -190,12 +190,19 @@ def _kept_by_block(cfg: Config, recompute: str) -> int:
     if recompute == "block":
         return stream + T * q
     if recompute == "none":  # the residual stream and its norm, twice; q and k before and after RoPE; SwiGLU's
-        products = 3 if experts or cfg.parallel.pp_schedule == "zb-h1" else 2  # 2: kernels make their product again
+        products = 2 if _has_swiglu_kernels(cfg) else 3
         return 2 * stream + T * (2 * D + 3 * q + kv + products * inner + 2 * experts * D) + 2 * _keys(cfg) * kv
     products = T * (2 * q + 2 * kv + D + 2 * inner + experts * D)  # results of matrix products, and of attention
     products += T * D if tp > 1 and not experts else 0  # of the last one, before ranks add theirs up
     products += T * experts * D if cfg.parallel.ep > 1 else 0  # rows that came for the experts
     return stream + products
+
+
+def _has_swiglu_kernels(cfg: Config) -> bool:
+    """They make silu(gate) * up again."""
+    D, _, _, inner, experts = _widths(cfg)
+    fit = cfg.train.dtype != "float32" and D % 64 == inner % 64 == 0
+    return fit and not experts and cfg.parallel.pp_schedule != "zb-h1"  # its Linears put gradients aside
 
 
 def _loss_bytes(head: Tensor, T: int, width: int) -> int:

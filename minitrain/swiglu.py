@@ -21,7 +21,8 @@ def can_run(x_TD: Tensor, *weights: Tensor) -> bool:
 def swiglu(x_TD: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
     """silu(x @ gate.T) * (x @ up.T) @ down.T -> (T, D). Differentiable; keeps what it was given and both products.
 
-    bf16 in and out, sums in fp32; what a plain function rounds is rounded here too. Shazeer 2020, arXiv:2002.05202.
+    bf16 in and out, sums in fp32; gate, up and their gradients are rounded, what is between is not. Not differentiable
+    twice. Shazeer 2020, arXiv:2002.05202.
     """
     return _SwiGLU.apply(x_TD, gate_FD, up_FD, down_DF)
 
@@ -93,6 +94,8 @@ def swiglu_products_bwd(
 
 def _sizes(x_TD, weights):
     (T, D), F = x_TD.shape, next(iter(weights.values())).shape[1]
+    if any(x.dtype != torch.bfloat16 for x in (x_TD, *weights.values())):
+        raise ValueError(f"swiglu: takes bfloat16, not {x_TD.dtype} with weights {next(iter(weights.values())).dtype}")
     for name, weight_DF in weights.items():
         if tuple(weight_DF.shape) != (D, F):
             raise ValueError(f"swiglu: {name} takes {len(weight_DF)} to {weight_DF.shape[1]}, not {D} to {F}")
@@ -106,4 +109,4 @@ def _(x_TD, gate_FD, up_FD):
 
 @swiglu_products_bwd.register_fake
 def _(_d_out_TD, _down_DF, gate_TF, _up_TF):
-    return tuple(torch.empty_like(gate_TF) for _ in range(3))
+    return tuple(gate_TF.new_empty(gate_TF.shape) for _ in range(3))

@@ -25,7 +25,7 @@ def gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "archs, capability, reason",  # why not, of those that are not for Hopper alone
+    "archs, capability, reason",  # None: they run, but for those that need Hopper
     [
         ("80;90a", (8, 0), None),
         ("80;90a", (10, 0), None),

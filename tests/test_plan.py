@@ -105,6 +105,17 @@ def test_where_gradients_of_weights_wait_each_block_has_a_buffer_for_its_others(
     spawn(4, count_buffers)
 
 
+def test_where_swiglu_is_not_done_in_its_products_a_block_keeps_a_third_of_its_tensors():
+    def kept(*flags):
+        flags = ["--data.rows_per_step=1", *flags]
+        return predict_memory(load_config(CONFIGS / "qwen3_0.6b.toml", flags, default_config)).activations
+
+    third = 28 * 2 * 32_768 * 3072
+    assert kept("--train.dtype=float32") == 2 * (kept() + third)
+    odd = kept("--model.intermediate_size=3080")  # no multiple of 64
+    assert odd == pytest.approx(kept() + third, rel=0.01)
+
+
 def test_a_layout_that_cannot_be_is_refused():
     cfg = load_config(CONFIGS / "qwen3_8b.toml", ["--parallel.tp=4"], default_config)
     with pytest.raises(UserError, match=r"pp \* tp \* cp = 4 does not divide WORLD_SIZE=2"):

@@ -38,6 +38,11 @@ def results(function, *inputs, dtype=torch.bfloat16):
     return out.detach(), *torch.autograd.grad(out, inputs, d_out)
 
 
+def fill_free_memory_with_nan():
+    blocks = [torch.full((1 << size,), torch.nan, device="cuda") for size in range(6, 26)]
+    del blocks
+
+
 def layer_of(gate, up, down):
     layer = SwiGLU(gate.shape[1], len(gate)).to("cuda", torch.bfloat16)
     for linear, weight in zip((layer.gate_proj, layer.up_proj, layer.down_proj), (gate, up, down), strict=True):
@@ -50,12 +55,27 @@ def layer_of(gate, up, down):
 def test_the_kernels_are_as_good_as_bf16_math(hopper, T, D, F):
     """No more than 1.2 times as far from fp32 as the plain function in bf16, and a rounding; memory was NaN before."""
     inputs = make(T, D, F)
-    del [torch.full((1 << size,), torch.nan, device="cuda") for size in range(6, 26)][:]
+    fill_free_memory_with_nan()
     ours = results(fused.swiglu, *inputs)
     exact, rounded = results(plain, *inputs, dtype=torch.float32), results(plain, *inputs)
     for name, got, expected, bf16 in zip(("out", "dx", "d_gate", "d_up", "d_down"), ours, exact, rounded, strict=True):
         error, allowed = ((x.float() - expected).norm() / expected.norm() for x in (got, bf16))
         assert error <= 1.2 * allowed + 2**-9, f"{name} is off by {error}, bf16 by {allowed}"
+
+
+@gpu
+@pytest.mark.parametrize("T, D, F", [(32_768, 64, 3072), (8192, 128, 9728), (8192, 192, 1024)])
+def test_short_products_of_many_tiles_are_right_every_time(hopper, T, D, F):
+    """A CTA has many tiles, and no time between their ends."""
+    x, gate_w, up_w, down_w, d_out = make(T, D, F)
+    gate, up, act = fused.swiglu_products(x, gate_w, up_w)
+    d_gate, d_up, again = fused.swiglu_products_bwd(d_out, down_w, gate, up)
+    torch.testing.assert_close(gate, x @ gate_w.T)
+    torch.testing.assert_close(d_up, d_out @ down_w * nn.functional.silu(gate), rtol=2**-6, atol=2**-6)
+    for _ in range(50):
+        assert all(map(torch.equal, fused.swiglu_products(x, gate_w, up_w), (gate, up, act)))
+        assert all(map(torch.equal, fused.swiglu_products_bwd(d_out, down_w, gate, up), (d_gate, d_up, again)))
+    assert torch.equal(again, act)
 
 
 @gpu
@@ -117,12 +137,16 @@ def test_a_layer_whose_linears_are_not_plain_calls_them(hopper, monkeypatch):
     class Own(nn.Linear):
         pass
 
+    class OwnWeight(nn.Parameter):
+        pass
+
     changes = {
         "class": lambda layer: setattr(layer.up_proj, "__class__", Own),
         "bias": lambda layer: setattr(layer.gate_proj, "bias", nn.Parameter(x.new_zeros(320))),
         "hook before": lambda layer: layer.down_proj.register_forward_pre_hook(lambda *_: None),
         "hook": lambda layer: layer.up_proj.register_forward_hook(lambda *_: None),
         "hook of gradients": lambda layer: layer.up_proj.register_full_backward_hook(lambda *_: None),
+        "weight": lambda layer: layer.up_proj.register_parameter("weight", OwnWeight(up)),
         "forward": lambda layer: setattr(layer.gate_proj, "forward", lambda x: F.linear(x, gate)),
     }
     for name, change in changes.items():
@@ -137,6 +161,8 @@ def test_weights_that_do_not_fit_are_refused(hopper):
     x, gate, up, _, _ = make(100, 128, 320)
     with pytest.raises(ValueError, match="up takes 64 to 320, not 128 to 320"):
         fused.swiglu_products(x, gate, up[:, :64].contiguous())
+    with pytest.raises(ValueError, match=r"takes bfloat16, not torch\.float16"):
+        fused.swiglu_products(x.half(), gate, up)
 
 
 def test_on_a_cpu_it_is_the_plain_function():

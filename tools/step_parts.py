@@ -148,7 +148,7 @@ def _pointwise_elements(model: nn.Module, forwards: int) -> int:
                     forward, read -> written                backward
         norm        x, y -> x + y, its norm     4 D         d_out, d_sum, x + y -> d_x      4 D
         heads       q, k -> normed, turned      2 (q + k)   theirs; q, k -> theirs          3 (q + k), without norm 2
-        SwiGLU      none: done by the kernels of its products
+        SwiGLU      none: done by its products, on Hopper
         experts     x -> A copies               (A + 1) D   theirs -> d_x                   (A + 1) D
                     SwiGLU of each              3 A F       its; gate, up -> theirs         5 A F
                     A results -> their sum      (A + 1) D   its; A results -> theirs        (2 A + 1) D

@@ -126,17 +126,18 @@ def swiglu(x_TD: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Ten
 
     Shazeer 2020, arXiv:2002.05202.
     """
-    from minitrain.swiglu import can_run, swiglu  # on use only
+    from minitrain import swiglu as fused  # on use only
 
-    if all(map(_is_plain, (gate, up, down))) and can_run(x_TD, gate.weight, up.weight, down.weight):
-        return swiglu(x_TD, gate.weight, up.weight, down.weight)
+    if all(map(_is_plain, (gate, up, down))) and fused.can_run(x_TD, gate.weight, up.weight, down.weight):
+        return fused.swiglu(x_TD, gate.weight, up.weight, down.weight)
     return down(F.silu(gate(x_TD)) * up(x_TD))
 
 
 def _is_plain(linear: nn.Module) -> bool:
-    """Whether calling it is F.linear with its weight, and nothing else: no class, bias or hook of somebody's own."""
+    """Whether calling it is F.linear with its weight and nothing else, no bias or hook or class of somebody's own."""
     hooks = linear._forward_pre_hooks, linear._forward_hooks, linear._backward_pre_hooks, linear._backward_hooks
-    return type(linear) is nn.Linear and linear.bias is None and not any(hooks) and "forward" not in vars(linear)
+    is_own = type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter or "forward" in vars(linear)
+    return not is_own and linear.bias is None and not any(hooks)
 
 
 # How parallel/tp.py cuts these modules over ranks, by name. A model with other modules says so in its own TP_PLAN.
