@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import minitrain as mt
-from minitrain.config import Config, load_config
+from minitrain.config import Config, UserError, exit_with, load_config, take_config
 from minitrain.hf import default_config
 from minitrain.models import build_model, init_weights
 from minitrain.models.layers import rotate
@@ -107,10 +107,10 @@ def _cudnn_attention(q_THC, k_SKC, v_SKC, _cu_seqlens_q, _cu_seqlens_k, max_seql
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("peer", choices=["plain", "transformers"])
-    parser.add_argument("--config", required=True)
-    args, settings = parser.parse_known_args()
-    cfg = load_config(args.config, settings, default_config)
-    step = {"plain": plain, "transformers": transformers}[args.peer](cfg)
+    peer = parser.parse_args(sys.argv[1:2]).peer
+    path, flags = take_config(sys.argv[2:])
+    cfg = load_config(path, flags, default_config)
+    step = {"plain": plain, "transformers": transformers}[peer](cfg)
     generator, seconds = torch.Generator().manual_seed(0), []
     for _ in range(cfg.train.steps):
         tokens = torch.randint(0, cfg.model.vocab_size, (cfg.data.tokens_per_row,), generator=generator)
@@ -121,8 +121,11 @@ def main() -> None:
         print(f"loss {loss:.4f}  {seconds[-1] * 1e3:.1f} ms", file=sys.stderr)
     median = statistics.median(seconds[len(seconds) // 3 :])
     peak = torch.cuda.max_memory_allocated() / 2**30
-    print(f"{args.peer}: {cfg.data.tokens_per_row / median:,.0f} tokens/s, {median * 1e3:.1f} ms, {peak:.1f} GiB")
+    print(f"{peer}: {cfg.data.tokens_per_row / median:,.0f} tokens/s, {median * 1e3:.1f} ms, {peak:.1f} GiB")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        exit_with(error)

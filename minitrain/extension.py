@@ -47,7 +47,7 @@ def address(x: Tensor | None) -> int:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x if it is contiguous and begins at a multiple of 16 bytes, as the copy engine wants it, else a copy."""
+    """x, or a copy where its elements do not lie in a row that begins at a border of 16 bytes."""
     return x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 

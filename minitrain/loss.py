@@ -59,7 +59,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x = x_TD[piece]
             logits_NV = buffer[: len(x)]
             if vocabulary is _Whole:
-                partials_NP2 = _write_logits(x, w_VD, logits_NV)
+                partials_NP2 = write_logits(x, w_VD, logits_NV)
                 losses.append(softmax_cross_entropy_(logits_NV, targets_T[piece], with_grad, partials_NP2))
             else:
                 torch.mm(x, w_VD.T, out=logits_NV)
@@ -92,7 +92,7 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
         out.addmm_(a.to(out.dtype), b.to(out.dtype))
 
 
-def _write_logits(x_ND: Tensor, w_VD: Tensor, out_NV: Tensor) -> Tensor | None:
+def write_logits(x_ND: Tensor, w_VD: Tensor, out_NV: Tensor) -> Tensor | None:
     """out = x @ w.T; -> if a kernel for Hopper can, what the softmax needs of P parts of each row, (N, P, 2) fp32."""
     (N, D), V = x_ND.shape, len(w_VD)
     is_bf16 = x_ND.dtype == w_VD.dtype == torch.bfloat16

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from minitrain.extension import address, kernels, runs_on, stream_of
+from minitrain.extension import address, aligned, kernels, runs_on, stream_of
 
 
 def can_step(params: list[Tensor]) -> bool:
@@ -40,7 +40,7 @@ def adamw_(
     changes are not lost; step, 0-d fp32: of this step, from 1 on. Gradients are bf16 or fp32, and are divided by
     grad_scale. broken not 0: nothing is done. Both 0-d fp32. Sums in fp32.
     """
-    grads = [_dense(p.grad) for p in params]
+    grads = [aligned(p.grad) for p in params]
     device = params[0].device
     kernels.adamw(
         [_addresses(*of) for of in zip(params, grads, states, strict=True)],
@@ -70,7 +70,7 @@ def add_(total: Tensor, terms: Tensor, is_first: bool) -> None:
     device, numel = total.device, total.numel()
     can_run = (total.dtype, terms.dtype) == (torch.float32, torch.bfloat16) and runs_on(device.type, device.index)
     if can_run and (len(terms) == 1 or numel % 8 == 0):  # else a term does not begin at a border of 16 bytes
-        terms = _dense(terms)
+        terms = aligned(terms)
         places = total.data_ptr(), terms.data_ptr()
         kernels.add(*places, len(terms), numel, is_first, device.index, stream_of(device))
         return
@@ -87,13 +87,8 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
     if not all(runs_on(x.device.type, x.device.index) and x.dtype in dtypes for x in tensors):
         norms = torch._foreach_norm(tensors, 2, torch.promote_types(first.dtype, torch.float32))
         return torch.linalg.vector_norm(torch.stack(norms))
-    tensors = [_dense(x) for x in tensors]
+    tensors = [aligned(x) for x in tensors]
     gradients = [kernels.Gradient(x.data_ptr(), x.numel(), x.dtype == torch.bfloat16) for x in tensors]
     parts = torch.empty(kernels.num_square_parts(gradients), device=first.device)
     kernels.squares(gradients, parts.data_ptr(), first.device.index, stream_of(first.device))
     return parts.sum().sqrt()
-
-
-def _dense(x: Tensor) -> Tensor:
-    """x, or a copy where its elements do not lie in a row that begins at a border of 16 bytes."""
-    return x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)

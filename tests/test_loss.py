@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from minitrain import loss
 from minitrain.batch import IGNORE, Batch
 from minitrain.extension import runs_on, runs_on_hopper
-from minitrain.loss import _scaled, _write_logits, cross_entropy, softmax_cross_entropy_
+from minitrain.loss import _scaled, cross_entropy, softmax_cross_entropy_, write_logits
 
 T, D, V = 23, 16, 101
 
@@ -234,7 +234,7 @@ def test_what_is_found_of_logits_as_they_are_made_is_what_a_second_look_finds(N,
     x, w, logits = (torch.randn(shape, device="cuda").bfloat16() for shape in ((N, D), (V, D), (N, V)))
     x[N // 2], x[N // 3] = torch.nan, torch.inf
     targets = torch.randint(V, (N,), device="cuda")
-    partials = _write_logits(x, w, logits.fill_(torch.nan))
+    partials = write_logits(x, w, logits.fill_(torch.nan))
     torch.testing.assert_close(logits, x @ w.T, rtol=2**-7, atol=1e-3 * D**0.5, equal_nan=True)
     found = softmax_cross_entropy_(logits.clone(), targets, True, partials)
     expected = softmax_cross_entropy_(logits, targets, True)

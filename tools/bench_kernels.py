@@ -19,7 +19,7 @@ from torch import nn
 
 from minitrain import norm_rotate as fused
 from minitrain.extension import runs_on_hopper
-from minitrain.loss import _write_logits, softmax_cross_entropy_
+from minitrain.loss import softmax_cross_entropy_, write_logits
 from minitrain.models.layers import rotate
 from minitrain.swiglu import swiglu_products, swiglu_products_bwd
 
@@ -111,7 +111,7 @@ def product_cases():
             ),
             f"{model}: logits": (
                 2 * some.numel() * len(head),
-                lambda: _write_logits(some, head, logits),
+                lambda: write_logits(some, head, logits),
                 lambda: torch.mm(some, head.T, out=logits),
             ),
         }
