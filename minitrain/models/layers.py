@@ -126,10 +126,10 @@ def swiglu(x_TD: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Ten
 
     Shazeer 2020, arXiv:2002.05202.
     """
-    from minitrain import swiglu as fused  # on use only
+    from minitrain.swiglu import can_run, swiglu  # on use only; of the package itself torch 2.11 compiles no import
 
-    if all(map(_is_plain, (gate, up, down))) and fused.can_run(x_TD, gate.weight, up.weight, down.weight):
-        return fused.swiglu(x_TD, gate.weight, up.weight, down.weight)
+    if all(map(_is_plain, (gate, up, down))) and can_run(x_TD, gate.weight, up.weight, down.weight):
+        return swiglu(x_TD, gate.weight, up.weight, down.weight)
     return down(F.silu(gate(x_TD)) * up(x_TD))
 
 
