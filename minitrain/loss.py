@@ -49,7 +49,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x_TD, w_VD, targets_T, vocabulary, grad_enabled):
         with_d_x, with_d_w = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])  # these ignore no_grad
         d_x = x_TD.new_empty(x_TD.shape) if with_d_x else None
-        d_w = torch.zeros_like(w_VD, dtype=_wide(w_VD.dtype)) if with_d_w else None
+        d_w = torch.empty_like(w_VD, dtype=_wide(w_VD.dtype)) if with_d_w else None
         with_grad = with_d_x or with_d_w
         losses = []
         rows = piece_rows(w_VD.shape[0], x_TD.element_size())
@@ -67,7 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if with_d_x:  # logits_NV now holds their gradient
                 torch.mm(logits_NV, w_VD, out=d_x[piece])
             if with_d_w:
-                _add_product(d_w, logits_NV.T, x)
+                _add_product(d_w, logits_NV.T, x, is_first=start == 0)
         if with_d_x:
             vocabulary.sum(d_x)
         ctx.save_for_backward(d_x, d_w)
@@ -82,14 +82,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return d_x, d_w, None, None, None
 
 
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b, with out in fp32 whatever a and b are."""
-    if a.dtype == out.dtype:
-        out.addmm_(a, b)
-    elif out.is_cuda:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+def _add_product(out: Tensor, a: Tensor, b: Tensor, is_first: bool) -> None:
+    """out += a @ b, or if it is the first, out = a @ b, with out in fp32 whatever a and b are."""
+    beta = 0 if is_first else 1  # 0: what is there is not read
+    if out.is_cuda and a.dtype != out.dtype:
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
     else:
-        out.addmm_(a.to(out.dtype), b.to(out.dtype))
+        out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=beta)
 
 
 def write_logits(x_ND: Tensor, w_VD: Tensor, out_NV: Tensor) -> Tensor | None:
