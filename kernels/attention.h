@@ -51,13 +51,14 @@ struct AttentionBackward {
     Packed q, k, v, out, d_out;
     const float* lse;    // (H, T)
     const float* d_lse;  // (H, T), or null for zeros
-    void *dq, *dk, *dv;  // (T, H, C) and twice (S, K, C) bf16; rows outside of all documents become 0
+    void* dq;            // (T, H, C) bf16; on Hopper also null: it is left as its sum, for another finish (below)
+    Packed dk, dv;       // (S, K, C); rows outside of all documents become 0, as of dq
     // Workspaces, uninitialised; R = attention_padded_rows.
     float* rows;         // (2, H, R)
     float* dq_sum;       // (H, R, C)
     int* turns;          // (H, R / 64)
     bool deterministic;  // dq is summed in a fixed order; else in any
-    // Where groups are split into parts, dk and dv are left as sums here, and those above are not written.
+    // Where groups are split into parts, null else.
     float* dkv_sum;  // (2, S, K, C)
     int* dkv_turns;  // (K, S), zeros
 };
@@ -87,5 +88,8 @@ void attention_forward_sm80(const AttentionForward& args, int device, cudaStream
 int64_t attention_padded_rows(const AttentionShape& shape);
 void attention_backward_sm90(const AttentionBackward& args, int device, cudaStream_t stream);
 void attention_backward_sm80(const AttentionBackward& args, int device, cudaStream_t stream);
+
+// The last step of a Hopper backward, from dq_sum to dq.
+void attention_finish_sm90(const AttentionBackward& args, int device, cudaStream_t stream);
 
 }  // namespace minitrain

@@ -266,11 +266,10 @@ __global__ void __launch_bounds__(Backward<C, kStages>::kThreads, 8 / Backward<C
     store_accumulators<C>(shared + B::kV, grad_key, grad_col, dv, 1.0f);
     __syncthreads();  // everybody's part of dK and dV is there
     const int first = work.tile * B::kKeys;
-    const int64_t place = (int64_t(work.doc.k_begin + first) * shape.kv_heads + work.kv_head) * C;
-    store_tile<C, B::kKeys, B::kThreads>(shared, static_cast<bf16*>(args.dk) + place, shape.kv_heads * C,
-                                         work.doc.k_len - first, threadIdx.x);
-    store_tile<C, B::kKeys, B::kThreads>(shared + B::kV, static_cast<bf16*>(args.dv) + place, shape.kv_heads * C,
-                                         work.doc.k_len - first, threadIdx.x);
+    store_tile<C, B::kKeys, B::kThreads>(shared, rows_of(args.dk, work.doc.k_begin + first, work.kv_head),
+                                         static_cast<int>(args.dk.row_stride), work.doc.k_len - first, threadIdx.x);
+    store_tile<C, B::kKeys, B::kThreads>(shared + B::kV, rows_of(args.dv, work.doc.k_begin + first, work.kv_head),
+                                         static_cast<int>(args.dv.row_stride), work.doc.k_len - first, threadIdx.x);
 }
 
 constexpr int kFinishThreads = 256;

@@ -9,8 +9,8 @@
 //
 // dK and dV stay in registers over all queries and these heads. A group of more heads is in parts, tiles of their own,
 // which add to dK and dV in global memory, one after the other: the same bits in every run. dQ is summed over key tiles
-// in fp32 in global memory, by the copy engine, in the order of the accumulator's registers; finish_kernel puts it into
-// rows. These sums are what L2 is told to keep, everything else is read once or soon again. Before all this
+// in fp32 in global memory, by the copy engine, in the order of the accumulator's registers; attention_finish_sm90.cu
+// puts it into rows. These sums are what L2 is told to keep, everything else is read once or soon again. Before all this
 // attention_prepare makes D and scales lse. Equations: Dao et al. 2022, arXiv:2205.14135.
 
 #include "attention.cuh"
@@ -24,7 +24,6 @@ using namespace sm90;
 constexpr int kKeys = 128;            // of a tile, 64 a warpgroup
 constexpr int kStages = 2;            // blocks of Q and dO in shared memory
 constexpr int kDqOfWarpgroup = 4096;  // floats of a block: 64 queries x 64 channels
-constexpr int kFinished = 64;         // queries of a CTA of finish_kernel
 constexpr int kThreads = 384;
 constexpr int kDsWritten = 1, kTogether = 2, kDqWritten = 4, kDqRead = 6;  // named barriers; all but the first are two
 
@@ -54,7 +53,7 @@ struct Arguments {
     float* dq_sum;
     int* turns;
     bool deterministic;
-    __nv_bfloat16 *dk, *dv;
+    Packed dk, dv;
     float* dkv_sum;
     int* dkv_turns;
 };
@@ -426,49 +425,53 @@ struct Consumer {
             attend(tile);
             shared.kv_empty.arrive_as_warp();
         }
-        if (args.dkv_sum) {
-            add_in_turn(tile);
-        } else {
-            store(args.dk, dk, args.shape.scale, tile);
-            store(args.dv, dv, 1.0f, tile);
-        }
+        if (args.dkv_sum && !add_in_turn(tile)) return;
+        store(args.dk, dk, args.shape.scale, tile);
+        store(args.dv, dv, 1.0f, tile);
     }
 
-    // To the sums of the parts of a group, part after part: the same bits in every run. A warp has 16 keys.
-    __device__ __forceinline__ void add_in_turn(const Tile& tile) {
+    // Of the parts of a group, one after the other, so that every run has the same bits: dK and dV to their sums in
+    // global memory, or in the last part those to dK and dV. -> whether it is the last. A warp has 16 keys.
+    __device__ __forceinline__ bool add_in_turn(const Tile& tile) {
         // NOTE: what decides where the warp goes comes from a shuffle: the compiler sees that the warp stays together,
         // and keeps what all lanes share in uniform registers, in the main loop too.
         const auto of_warp = [](int x) { return __shfl_sync(~0u, x, 0); };
         const int part = of_warp(tile.part), k_len = of_warp(tile.doc.k_len);
         const int first = of_warp(tile.first_key + warpgroup * 64 + thread / 32 * 16);
-        if (first >= k_len) return;
+        if (first >= k_len) return false;
         int* turn = args.dkv_turns + tile.kv_head * args.shape.num_keys + tile.doc.k_begin + first;
         while (of_warp(read_turn(turn)) != part) continue;  // the part before has added
+        const bool is_last = part == Plan::parts(args.shape, hopper_tiles(C)) - 1;
         const int64_t from_dk_to_dv = int64_t(args.shape.num_keys) * args.shape.kv_heads * C;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int row = first + lane / 4 + 8 * r;
             const int64_t place = int64_t(tile.doc.k_begin + row) * args.shape.kv_heads + tile.kv_head;
-            float* to = args.dkv_sum + place * C + lane % 4 * 2;
+            float* sum = args.dkv_sum + place * C + lane % 4 * 2;
 #pragma unroll
             for (int i = 0; i < C / 8; ++i) {
                 const int pair = 4 * i + 2 * r;
-                const float x = dk[pair] * args.shape.scale, y = dk[pair + 1] * args.shape.scale;
-                write_sum(to + 8 * i, x, y, part == 0, row < k_len);
-                write_sum(to + 8 * i + from_dk_to_dv, dv[pair], dv[pair + 1], part == 0, row < k_len);
+                if (is_last) {
+                    add_sum(dk[pair], dk[pair + 1], sum + 8 * i, row < k_len);
+                    add_sum(dv[pair], dv[pair + 1], sum + 8 * i + from_dk_to_dv, row < k_len);
+                } else {
+                    write_sum(sum + 8 * i, dk[pair], dk[pair + 1], part == 0, row < k_len);
+                    write_sum(sum + 8 * i + from_dk_to_dv, dv[pair], dv[pair + 1], part == 0, row < k_len);
+                }
             }
         }
         __syncwarp();
         if (lane == 0) end_turn(turn);  // all of the warp's writes are there for others with it
+        return is_last;
     }
 
-    __device__ __forceinline__ void store(__nv_bfloat16* out, const float (&x)[C / 2], float scale, const Tile& tile) {
+    __device__ __forceinline__ void store(const Packed& out, const float (&x)[C / 2], float scale, const Tile& tile) {
         const int first = tile.first_key + warpgroup * 64 + thread / 32 * 16 + lane / 4;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int row = first + 8 * r;
-            const int64_t token = tile.doc.k_begin + row;
-            store_row(out + (token * args.shape.kv_heads + tile.kv_head) * C, x, r, scale, row < tile.doc.k_len);
+            const int64_t place = (tile.doc.k_begin + row) * out.row_stride + tile.kv_head * out.head_stride;
+            store_row(static_cast<__nv_bfloat16*>(out.data) + place, x, r, scale, row < tile.doc.k_len);
         }
     }
 };
@@ -523,45 +526,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
 }
 
-// dq = scale * its sum, or 0 where there is none; 64 queries of one head by each CTA of 128 threads. Thread t finds in
-// float4 j of panel w, of 64 channels, what thread t of a warpgroup had in registers 4 j ..: rows 16 * (t / 32) +
-// t % 32 / 4 (+ 8), two columns of each.
-template <int C>
-__global__ void __launch_bounds__(128) finish_kernel(AttentionShape shape, int* plan_ints, int padded_rows,
-                                                     const float* dq_sum, const int* turns, __nv_bfloat16* dq) {
-    const Plan plan(plan_ints, shape, hopper_tiles(C));
-    constexpr int kCtas = hopper_tiles(C).queries / kFinished;  // for an item of the plan
-    if (blockIdx.x / kCtas >= plan.num_query_items()) return;
-    const Item item = plan.query_items[blockIdx.x / kCtas];
-    const Document doc = plan.documents[item.document];
-    const int first = (item.tile * kCtas + blockIdx.x % kCtas) * kFinished, head = item.head, t = threadIdx.x;
-    if (first >= doc.q_len) return;
-    const int64_t begin = int64_t(head) * padded_rows + padded_begin(doc, item.document, C);
-    const float4* sum = reinterpret_cast<const float4*>(dq_sum + (begin + first) * C) + t;
-    const int of_block = first / query_block(C) * query_block(C);
-    const bool is_written = turns[(begin + of_block) / kRowsOfTurn] > 0;  // else no key is seen
-#pragma unroll
-    for (int panel = 0; panel < C / 64; ++panel) {
-#pragma unroll
-        for (int j = 0; j < 8; j += 4) {
-            uint32_t pairs[2][4];
-#pragma unroll
-            for (int g = 0; g < 4; ++g) {
-                const float4 x = is_written ? sum[panel * kDqOfWarpgroup / 4 + (j + g) * 128] : float4{};
-                pairs[0][g] = pack(x.x * shape.scale, x.y * shape.scale);
-                pairs[1][g] = pack(x.z * shape.scale, x.w * shape.scale);
-            }
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const uint4 columns = gather_group(pairs[r][0], pairs[r][1], pairs[r][2], pairs[r][3]);
-                const int row = first + t / 32 * 16 + t % 32 / 4 + 8 * r;
-                uint4* to = reinterpret_cast<uint4*>(dq + (int64_t(doc.q_begin + row) * shape.heads + head) * C);
-                if (row < doc.q_len) to[panel * 8 + j + t % 4] = columns;
-            }
-        }
-    }
-}
-
 template <int C>
 void launch(const AttentionBackward& args, int device, cudaStream_t stream) {
     const AttentionShape& shape = args.shape;
@@ -575,8 +539,8 @@ void launch(const AttentionBackward& args, int device, cudaStream_t stream) {
                                  args.dq_sum,
                                  args.turns,
                                  args.deterministic,
-                                 static_cast<__nv_bfloat16*>(args.dk),
-                                 static_cast<__nv_bfloat16*>(args.dv),
+                                 args.dk,
+                                 args.dv,
                                  args.dkv_sum,
                                  args.dkv_turns};
     static_assert(hopper_tiles(C).keys == kKeys, "the plan's tiles are this kernel's");
@@ -587,9 +551,6 @@ void launch(const AttentionBackward& args, int device, cudaStream_t stream) {
         tensor_map(args.q, s->num_queries, s->heads, C, query_block(C)),
         tensor_map(args.k, s->num_keys, s->kv_heads, C, kKeys), tensor_map(args.v, s->num_keys, s->kv_heads, C, kKeys),
         tensor_map(args.d_out, s->num_queries, s->heads, C, query_block(C)), arguments);
-    const int grid = Plan::max_query_items(shape, hopper_tiles(C)) * (hopper_tiles(C).queries / kFinished);
-    finish_kernel<C><<<grid, 128, 0, stream>>>(shape, plan, padded_rows, args.dq_sum, args.turns,
-                                               static_cast<__nv_bfloat16*>(args.dq));
     check(cudaGetLastError(), "attention_backward_sm90",
           {{"queries", shape.num_queries},
            {"keys", shape.num_keys},
@@ -605,12 +566,15 @@ void attention_backward_sm90(const AttentionBackward& args, int device, cudaStre
     attention_prepare(args, hopper_tiles(args.shape.head_dim), false, device, stream);
     switch (args.shape.head_dim) {
         case 64:
-            return launch<64>(args, device, stream);
+            launch<64>(args, device, stream);
+            break;
         case 128:
-            return launch<128>(args, device, stream);
+            launch<128>(args, device, stream);
+            break;
         default:
             throw std::invalid_argument("head_dim=" + std::to_string(args.shape.head_dim) + " is not in 64, 128");
     }
+    if (args.dq) attention_finish_sm90(args, device, stream);
 }
 
 }  // namespace minitrain

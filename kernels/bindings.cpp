@@ -145,7 +145,7 @@ PYBIND11_MODULE(kernels, m) {
     m.def(
         "attention_backward",
         [](const AttentionShape& shape, uintptr_t plan, Packed q, Packed k, Packed v, Packed out, Packed d_out,
-           uintptr_t lse, uintptr_t d_lse, uintptr_t dq, uintptr_t dk, uintptr_t dv, uintptr_t rows, uintptr_t dq_sum,
+           uintptr_t lse, uintptr_t d_lse, uintptr_t dq, Packed dk, Packed dv, uintptr_t rows, uintptr_t dq_sum,
            uintptr_t turns, uintptr_t dkv_sum, uintptr_t dkv_turns, bool deterministic, bool hopper, int device,
            uintptr_t stream) {
             const minitrain::AttentionBackward args = {shape,
@@ -158,8 +158,8 @@ PYBIND11_MODULE(kernels, m) {
                                                        pointer<float>(lse),
                                                        pointer<float>(d_lse),
                                                        pointer<void>(dq),
-                                                       pointer<void>(dk),
-                                                       pointer<void>(dv),
+                                                       dk,
+                                                       dv,
                                                        pointer<float>(rows),
                                                        pointer<float>(dq_sum),
                                                        pointer<int>(turns),
@@ -221,36 +221,47 @@ PYBIND11_MODULE(kernels, m) {
 
     // RMSNorm of each head and rotary positions: kernels/norm_rotate.h.
     using minitrain::NormRotate;
-    const auto of = [](int tokens, int heads, int head_dim, Packed x, uintptr_t weight, uintptr_t cos, uintptr_t sin,
-                       float eps) {
-        return NormRotate{tokens, heads, head_dim, x, pointer<void>(weight), pointer<float>(cos), pointer<float>(sin),
-                          eps};
-    };
+    py::class_<NormRotate>(m, "NormRotate")
+        .def(py::init([](int tokens, int heads, int head_dim, Packed x, uintptr_t weight, uintptr_t cos, uintptr_t sin,
+                         float eps) {
+                 return NormRotate{tokens,         heads, head_dim, x, pointer<void>(weight), pointer<float>(cos),
+                                   pointer<float>(sin), eps};
+             }),
+             py::kw_only(), py::arg("tokens"), py::arg("heads"), py::arg("head_dim"), py::arg("x"), py::arg("weight"),
+             py::arg("cos"), py::arg("sin"), py::arg("eps"));
     m.def(
         "norm_rotate",
-        [of](int tokens, int heads, int head_dim, Packed x, uintptr_t weight, uintptr_t cos, uintptr_t sin, float eps,
-             uintptr_t out, int device, uintptr_t stream) {
-            minitrain::norm_rotate(of(tokens, heads, head_dim, x, weight, cos, sin, eps), pointer<void>(out), device,
-                                   stream_of(stream));
+        [](const NormRotate& args, uintptr_t out, int device, uintptr_t stream) {
+            minitrain::norm_rotate(args, pointer<void>(out), device, stream_of(stream));
         },
-        py::arg("tokens"), py::arg("heads"), py::arg("head_dim"), py::arg("x"), py::arg("weight"), py::arg("cos"),
-        py::arg("sin"), py::arg("eps"), py::arg("out"), py::arg("device"), py::arg("stream"));
+        py::arg("args"), py::kw_only(), py::arg("out"), py::arg("device"), py::arg("stream"));
     m.def("norm_rotate_num_parts", &minitrain::norm_rotate_num_parts);
     m.def(
         "norm_rotate_backward",
-        [of](int tokens, int heads, int head_dim, Packed x, uintptr_t weight, uintptr_t cos, uintptr_t sin, float eps,
-             Packed d_out, uintptr_t dx, uintptr_t weight_grad, uintptr_t parts, int num_parts, int device,
-             uintptr_t stream) {
-            minitrain::norm_rotate_backward(of(tokens, heads, head_dim, x, weight, cos, sin, eps), d_out,
-                                            pointer<void>(dx), pointer<void>(weight_grad), pointer<float>(parts),
+        [](const NormRotate& args, Packed d_out, Packed dx, uintptr_t weight_grad, uintptr_t parts, int num_parts,
+           int device, uintptr_t stream) {
+            minitrain::norm_rotate_backward(args, d_out, dx, pointer<void>(weight_grad), pointer<float>(parts),
                                             num_parts, device, stream_of(stream));
         },
-        py::arg("tokens"), py::arg("heads"), py::arg("head_dim"), py::arg("x"), py::arg("weight"), py::arg("cos"),
-        py::arg("sin"), py::arg("eps"), py::arg("d_out"), py::arg("dx"), py::arg("weight_grad"), py::arg("parts"),
+        py::arg("args"), py::kw_only(), py::arg("d_out"), py::arg("dx"), py::arg("weight_grad"), py::arg("parts"),
         py::arg("num_parts"), py::arg("device"), py::arg("stream"));
+#if MINITRAIN_SM90
+    m.def("attention_finish_num_parts", &minitrain::attention_finish_num_parts);
+    m.def(
+        "attention_finish_through_norm",
+        [](const NormRotate& norm, const AttentionShape& shape, uintptr_t plan, uintptr_t dq_sum, uintptr_t turns,
+           Packed dx, uintptr_t weight_grad, uintptr_t parts, int num_parts, int device, uintptr_t stream) {
+            minitrain::AttentionBackward args = {};
+            args.shape = shape, args.plan = pointer<int>(plan);
+            args.dq_sum = pointer<float>(dq_sum), args.turns = pointer<int>(turns);
+            minitrain::attention_finish_through_norm_sm90(args, norm, dx, pointer<void>(weight_grad),
+                                                          pointer<float>(parts), num_parts, device, stream_of(stream));
+        },
+        py::arg("norm"), py::kw_only(), py::arg("shape"), py::arg("plan"), py::arg("dq_sum"), py::arg("turns"),
+        py::arg("dx"), py::arg("weight_grad"), py::arg("parts"), py::arg("num_parts"), py::arg("device"),
+        py::arg("stream"));
 
     // kernels/swiglu.h.
-#if MINITRAIN_SM90
     using minitrain::SwiGLU;
     py::class_<SwiGLU>(m, "SwiGLU")
         .def(py::init([](int tokens, int hidden, int inner) { return SwiGLU{tokens, hidden, inner}; }), py::kw_only(),
@@ -267,14 +278,13 @@ PYBIND11_MODULE(kernels, m) {
         py::arg("up"), py::arg("act"), py::arg("device"), py::arg("stream"));
     m.def(
         "swiglu_backward",
-        [](const SwiGLU& sizes, uintptr_t d_out, uintptr_t down_weight, uintptr_t gate, uintptr_t up, uintptr_t d_gate,
-           uintptr_t d_up, uintptr_t act, int device, uintptr_t stream) {
+        [](const SwiGLU& sizes, uintptr_t d_out, uintptr_t down_weight, uintptr_t gate, uintptr_t up, uintptr_t out,
+           int device, uintptr_t stream) {
             minitrain::swiglu_backward(sizes, pointer<void>(d_out), pointer<void>(down_weight), pointer<void>(gate),
-                                       pointer<void>(up), pointer<void>(d_gate), pointer<void>(d_up),
-                                       pointer<void>(act), device, stream_of(stream));
+                                       pointer<void>(up), pointer<void>(out), device, stream_of(stream));
         },
         py::arg("sizes"), py::kw_only(), py::arg("d_out"), py::arg("down_weight"), py::arg("gate"), py::arg("up"),
-        py::arg("d_gate"), py::arg("d_up"), py::arg("act"), py::arg("device"), py::arg("stream"));
+        py::arg("out"), py::arg("device"), py::arg("stream"));
 #endif
 
     // Rows of tokens to the order of experts and back: kernels/routed_rows.h.

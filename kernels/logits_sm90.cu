@@ -29,7 +29,7 @@ struct Logits {
             for (int piece = row; piece < kWide / 8; piece += 4) {
                 uint32_t pairs[4];
                 Pieces::pack_pairs(x, 0, piece, pairs);
-                pieces.store(logits, piece, gather_group(pairs));
+                pieces.store(logits, piece, {gather_group(pairs)});
                 float high = max;
 #pragma unroll
                 for (int g = 0; g < 4; ++g) {

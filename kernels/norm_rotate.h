@@ -21,9 +21,18 @@ struct NormRotate {
 // out (T, H, C) bf16
 void norm_rotate(const NormRotate& args, void* out, int device, cudaStream_t stream);
 
-// dx (T, H, C) and weight_grad (C,) bf16. parts (num_parts, C) fp32: memory for the terms of the weight's gradient.
+// dx and weight_grad (C,) bf16. parts (num_parts, C) fp32: memory for the terms of the weight's gradient.
 int norm_rotate_num_parts(int device);
-void norm_rotate_backward(const NormRotate& args, const Packed& d_out, void* dx, void* weight_grad, float* parts,
-                          int num_parts, int device, cudaStream_t stream);
+void norm_rotate_backward(const NormRotate& args, const Packed& d_out, const Packed& dx, void* weight_grad,
+                          float* parts, int num_parts, int device, cudaStream_t stream);
+
+// The same of queries that attention was given, for a last step of its backward: from args.dq_sum to dx. On Hopper.
+int attention_finish_num_parts(int device);
+void attention_finish_through_norm_sm90(const AttentionBackward& args, const NormRotate& norm, const Packed& dx,
+                                        void* weight_grad, float* parts, int num_parts, int device,
+                                        cudaStream_t stream);
+
+// weight_grad (C,) bf16: the sum of parts, in the same order every time.
+void norm_rotate_sum_parts(const float* parts, int num_parts, int head_dim, void* weight_grad, cudaStream_t stream);
 
 }  // namespace minitrain

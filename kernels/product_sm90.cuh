@@ -101,9 +101,15 @@ struct Pieces {
     MINITRAIN_DEVICE bool valid(int piece) const {
         return row + row_in_tile(piece) < rows && column + column_in_tile(piece) < cols;
     }
-    MINITRAIN_DEVICE void store(__nv_bfloat16* to, int piece, uint4 x) const {
-        const int64_t at = int64_t(row + row_in_tile(piece)) * cols + column + column_in_tile(piece);
-        if (valid(piece)) __stcs(reinterpret_cast<uint4*>(to + at), x);  // not to drive operands out of L2
+    // To kMatrices matrices that lie side by side.
+    template <int kMatrices = 1>
+    MINITRAIN_DEVICE void store(__nv_bfloat16* to, int piece, const uint4 (&x)[kMatrices]) const {
+        const int stride = kMatrices * cols;
+        __nv_bfloat16* tile = to + int64_t(row) * stride + column;
+        uint4* at = reinterpret_cast<uint4*>(tile + row_in_tile(piece) * stride + column_in_tile(piece));
+        if (!valid(piece)) return;
+#pragma unroll
+        for (int i = 0; i < kMatrices; ++i) __stcs(at + i * (cols / 8), x[i]);  // not to drive operands out of L2
     }
     // Of the accumulator, from column `first` of the tile on: pair g is of columns 8 g + 2 (lane % 4) of the
     // piece's 32.

@@ -99,8 +99,8 @@ struct Tile {
     __device__ static int offset(int row, int chunk) { return row * kRowBytes + (chunk ^ phase(row)) * 16; }
 };
 
-__device__ inline const bf16* rows_of(const Packed& x, int64_t row, int head) {
-    return static_cast<const bf16*>(x.data) + row * x.row_stride + head * x.head_stride;
+__device__ inline bf16* rows_of(const Packed& x, int64_t row, int head) {
+    return static_cast<bf16*>(x.data) + row * x.row_stride + head * x.head_stride;
 }
 
 // Starts the copy of kRows rows, `stride` elements apart in global memory; those from num_rows on become zeros.

@@ -145,6 +145,11 @@ MINITRAIN_DEVICE void write_sum(float* to, float x, float y, bool is_first, bool
         "f"(x), "f"(y), "r"(int(is_first && valid)), "r"(int(!is_first && valid))
         : "memory");
 }
+// x, y += from[0 .. 1], which others wrote with it, if valid.
+MINITRAIN_DEVICE void add_sum(float& x, float& y, const float* from, bool valid) {
+    const float2 sum = valid ? __ldcg(reinterpret_cast<const float2*>(from)) : float2{};
+    x += sum.x, y += sum.y;
+}
 // Rows of a tile that belong to no row of the document become 0: their probabilities are 0, but 0 * NaN is not. Each
 // warpgroup that reads the tile calls this: it writes all of these rows, and waits at its barrier for itself alone.
 template <int kRows, int kCols>

@@ -31,9 +31,9 @@ struct SwiGLUForward {
                 const float2 a = floats(gates[g]), b = floats(ups[g]);  // as they are stored
                 acts[g] = pack(a.x * sigmoid(a.x) * b.x, a.y * sigmoid(a.y) * b.y);
             }
-            pieces.store(gate, piece, gather_group(gates));
-            pieces.store(up, piece, gather_group(ups));
-            pieces.store(act, piece, gather_group(acts));
+            pieces.store(gate, piece, {gather_group(gates)});
+            pieces.store(up, piece, {gather_group(ups)});
+            pieces.store(act, piece, {gather_group(acts)});
         }
     }
 };
@@ -42,7 +42,7 @@ struct SwiGLUBackward {
     static constexpr bool kTransB = true;
     static constexpr int kWide = kCols, kStages = 4, kSideStages = 2;
     CUtensorMap left, weight, sides[2];  // gate, up
-    __nv_bfloat16 *d_gate, *d_up, *act;
+    __nv_bfloat16* out;  // their gradients and act, side by side
 
     MINITRAIN_DEVICE void load_right(uint32_t to, Mbarrier& full, int rank, int k, int column) const {
         const int half = kDepth / 2 * rank;
@@ -63,9 +63,7 @@ struct SwiGLUBackward {
             differentiate(d.y, gate.y, up.y);
             differentiate(d.z, gate.z, up.z);
             differentiate(d.w, gate.w, up.w);
-            pieces.store(d_gate, piece, gate);
-            pieces.store(d_up, piece, up);
-            pieces.store(act, piece, d);
+            pieces.store<3>(out, piece, {gate, up, d});
             if (piece % 8 == 7) sides.release();
         }
     }
@@ -96,14 +94,14 @@ void swiglu_forward(const SwiGLU& sizes, const void* x, const void* gate_weight,
 }
 
 void swiglu_backward(const SwiGLU& sizes, const void* d_out, const void* down_weight, const void* gate, const void* up,
-                     void* d_gate, void* d_up, void* act, int device, cudaStream_t stream) {
+                     void* out, int device, cudaStream_t stream) {
     const OnDevice guard(device);
     const auto [T, D, F] = sizes;
     SwiGLUBackward product = {};
     product.left = matrix_map(d_out, T, D, kRows);
     product.weight = matrix_map(down_weight, D, F, kDepth / 2);
     product.sides[0] = matrix_map(gate, T, F, kRows), product.sides[1] = matrix_map(up, T, F, kRows);
-    product.d_gate = bf16(d_gate), product.d_up = bf16(d_up), product.act = bf16(act);
+    product.out = bf16(out);
     launch("swiglu_backward", product, T, F, D, device, stream);
 }
 

@@ -54,7 +54,7 @@ def fused_attention(
         raise ValueError(f"fused_attention: window={window} needs causal=True, and must be at least 0")
     if scale is not None and not scale > 0:
         raise ValueError(f"fused_attention: scale={scale} is not positive")
-    hopper = _is_hopper(kernel, q_THC.device.type, q_THC.device.index, q_THC.dtype, C)
+    hopper = is_hopper(kernel, q_THC.device.type, q_THC.device.index, q_THC.dtype, C)
     look_back = kernels.UNBOUNDED if window is None else min(window, kernels.UNBOUNDED)
     look_ahead = 0 if causal else kernels.UNBOUNDED
     scale = C**-0.5 if scale is None else scale
@@ -128,7 +128,7 @@ torch.compiler.assume_constant_result(runs_on_hopper)
 
 
 @torch.compiler.assume_constant_result  # a compiled caller sees the answer, not how it was found
-def _is_hopper(kernel: str, device_type: str, device: int | None, dtype: torch.dtype, head_dim: int) -> bool:
+def is_hopper(kernel: str, device_type: str, device: int | None, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether Hopper's kernels are to be used, not the portable ones. ValueError if what is asked for cannot run."""
     if reason := why_not(device_type, dtype, head_dim, device):
         raise ValueError(f"fused_attention: {reason}")
@@ -164,7 +164,7 @@ def attention_fwd(
     if not T or not len(k_SKC):
         return out.zero_(), lse.fill_(-torch.inf)
     q, k, v = map(addressable, (q_THC, k_SKC, v_SKC))
-    shape = _shape(q, k, cu_q, look_back, look_ahead, scale)
+    shape = shape_of(q, k, cu_q, look_back, look_ahead, scale)
     plan = make_plan(cu_q, cu_k, shape, _tiles(C, hopper))
     kernels.attention_forward(
         shape=shape,
@@ -205,20 +205,30 @@ def attention_bwd(
     hopper: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dq (T, H, C), dk and dv (S, K, C)."""
-    (T, H, C), S = q_THC.shape, len(k_SKC)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q_THC, k_SKC, v_SKC))
-    if not T or not S:
+    if not len(q_THC) or not len(k_SKC):
         return dq.zero_(), dk.zero_(), dv.zero_()
+    shape = shape_of(q_THC, k_SKC, cu_q, look_back, look_ahead, scale)
+    saved = q_THC, k_SKC, v_SKC, out_THC, lse_HT, cu_q, cu_k
+    run_backward(d_out_THC, d_lse_HT, saved, shape, (dq, dk, dv), deterministic, hopper)
+    return dq, dk, dv
+
+
+def run_backward(d_out_THC, d_lse_HT, saved, shape, grads, deterministic, hopper) -> dict[str, Tensor]:
+    """Fills grads: dq, dk, dv; of these dk and dv may be slices, and on Hopper dq may be None.
+
+    -> what is then left for a last step (kernels/attention.h): plan, dq_sum, turns. There must be a query and a key.
+    """
+    (q_THC, k_SKC, v_SKC, out_THC, lse_HT, cu_q, cu_k), (dq_THC, dk_SKC, dv_SKC) = saved, grads
+    H, C, R = shape.heads, q_THC.shape[2], kernels.attention_padded_rows(shape)
     q, k, v, out, d_out = map(addressable, (q_THC, k_SKC, v_SKC, out_THC, d_out_THC))
     d_lse, lse = d_lse_HT if d_lse_HT is None else d_lse_HT.contiguous(), lse_HT.contiguous()
-    shape = _shape(q, k, cu_q, look_back, look_ahead, scale)
-    R = kernels.attention_padded_rows(shape)
     rows, dq_sum = lse.new_empty(2, H, R), lse.new_empty(H, R, C)
     turns, tiles = cu_q.new_empty(H, R // 64), _tiles(C, hopper)
     plan = make_plan(cu_q, cu_k, shape, tiles)
     is_split = kernels.attention_parts(shape, tiles) > 1  # then dk and dv are sums of several parts
     dkv_sum = lse.new_empty(2, *k.shape) if is_split else None
-    dkv_turns = cu_q.new_zeros(k.shape[1], S) if is_split else None
+    dkv_turns = cu_q.new_zeros(k.shape[1], len(k)) if is_split else None
     kernels.attention_backward(
         shape=shape,
         plan=plan.data_ptr(),
@@ -229,9 +239,9 @@ def attention_bwd(
         d_out=packed(d_out),
         lse=lse.data_ptr(),
         d_lse=address(d_lse),
-        dq=dq.data_ptr(),
-        dk=dk.data_ptr(),
-        dv=dv.data_ptr(),
+        dq=address(dq_THC),
+        dk=packed(dk_SKC),
+        dv=packed(dv_SKC),
         rows=rows.data_ptr(),
         dq_sum=dq_sum.data_ptr(),
         turns=turns.data_ptr(),
@@ -242,9 +252,7 @@ def attention_bwd(
         device=q.device.index,
         stream=stream_of(q.device),
     )
-    if is_split:
-        dk, dv = (x.to(k.dtype) for x in dkv_sum)
-    return dq, dk, dv
+    return {"plan": plan, "dq_sum": dq_sum, "turns": turns}
 
 
 @attention_bwd.register_fake
@@ -271,7 +279,7 @@ attention_fwd.register_autograd(_differentiate, setup_context=_save)
 # ---- what the kernels are given
 
 
-def _shape(q, k, cu_q, look_back, look_ahead, scale):
+def shape_of(q, k, cu_q, look_back, look_ahead, scale):
     (T, H, C), (S, K, _) = q.shape, k.shape
     return kernels.AttentionShape(
         num_queries=T, num_keys=S, num_documents=len(cu_q) - 1, heads=H, kv_heads=K, head_dim=C,

@@ -26,7 +26,8 @@ def norm_rotate(x_THC: Tensor, weight_C: Tensor, cos_TC2: Tensor, sin_TC2: Tenso
     """
     out_THC, x_THC = x_THC.new_empty(x_THC.shape), addressable(x_THC)
     if out_THC.numel():
-        kernels.norm_rotate(**_arguments(x_THC, weight_C, cos_TC2, sin_TC2), eps=eps, out=out_THC.data_ptr())
+        args = arguments(x_THC, weight_C, cos_TC2, sin_TC2, eps)
+        kernels.norm_rotate(args, out=out_THC.data_ptr(), device=x_THC.device.index, stream=stream_of(x_THC.device))
     return out_THC
 
 
@@ -38,21 +39,27 @@ def norm_rotate_bwd(
     dx_THC, d_weight_C = x_THC.new_empty(x_THC.shape), torch.empty_like(weight_C)
     if not dx_THC.numel():
         return dx_THC, d_weight_C.zero_()
-    d_out_THC, x_THC = addressable(d_out_THC), addressable(x_THC)
-    parts_PC = cos_TC2.new_empty(kernels.norm_rotate_num_parts(x_THC.device.index), len(weight_C))
-    kernels.norm_rotate_backward(
-        **_arguments(x_THC, weight_C, cos_TC2, sin_TC2),
-        eps=eps,
-        d_out=packed(d_out_THC),
-        dx=dx_THC.data_ptr(),
-        weight_grad=d_weight_C.data_ptr(),
-        parts=parts_PC.data_ptr(),
-        num_parts=len(parts_PC),
-    )
+    run_backward(addressable(d_out_THC), addressable(x_THC), weight_C, cos_TC2, sin_TC2, eps, dx_THC, d_weight_C)
     return dx_THC, d_weight_C
 
 
-def _arguments(x_THC, weight_C, cos_TC2, sin_TC2):
+def run_backward(d_out_THC, x_THC, weight_C, cos_TC2, sin_TC2, eps, dx_THC, d_weight_C) -> None:
+    """Fills dx, which may be a slice, and d_weight. There must be a head, and all be addressable (extension.py)."""
+    parts_PC = cos_TC2.new_empty(kernels.norm_rotate_num_parts(x_THC.device.index), len(weight_C))
+    kernels.norm_rotate_backward(
+        arguments(x_THC, weight_C, cos_TC2, sin_TC2, eps),
+        d_out=packed(d_out_THC),
+        dx=packed(dx_THC),
+        weight_grad=d_weight_C.data_ptr(),
+        parts=parts_PC.data_ptr(),
+        num_parts=len(parts_PC),
+        device=x_THC.device.index,
+        stream=stream_of(x_THC.device),
+    )
+
+
+def arguments(x_THC, weight_C, cos_TC2, sin_TC2, eps):
+    """kernels.NormRotate of them. ValueError naming one that does not fit the others."""
     T, H, C = x_THC.shape
     for name, tensor, shape in (
         ("weight", weight_C, (C,)),
@@ -61,17 +68,8 @@ def _arguments(x_THC, weight_C, cos_TC2, sin_TC2):
     ):
         if tuple(tensor.shape) != shape or not tensor.is_contiguous():
             raise ValueError(f"norm_rotate: {name} is {tuple(tensor.shape)}, not {shape}, or not contiguous")
-    return {
-        "tokens": T,
-        "heads": H,
-        "head_dim": C,
-        "x": packed(x_THC),
-        "weight": weight_C.data_ptr(),
-        "cos": cos_TC2.data_ptr(),
-        "sin": sin_TC2.data_ptr(),
-        "device": x_THC.device.index,
-        "stream": stream_of(x_THC.device),
-    }
+    addresses = {"weight": weight_C.data_ptr(), "cos": cos_TC2.data_ptr(), "sin": sin_TC2.data_ptr()}
+    return kernels.NormRotate(tokens=T, heads=H, head_dim=C, x=packed(x_THC), **addresses, eps=eps)
 
 
 @norm_rotate.register_fake

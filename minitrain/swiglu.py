@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from minitrain.extension import aligned, kernels, runs_on_hopper, stream_of
+from minitrain.joined import joined_linear_dx
 
 _GRAIN = 64  # the kernels' step: D and F are multiples of it
 
@@ -37,14 +38,12 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy_TD):
         x_TD, gate_FD, up_FD, down_DF, gate_TF, up_TF = ctx.saved_tensors
-        d_gate_TF, d_up_TF, act_TF = swiglu_products_bwd(dy_TD, down_DF, gate_TF, up_TF)
+        F = gate_TF.shape[1]
+        both_T2F, act_TF = swiglu_products_bwd(dy_TD, down_DF, gate_TF, up_TF).split([2 * F, F], 1)
         needs_x, needs_gate, needs_up, needs_down = ctx.needs_input_grad
-        return (
-            d_gate_TF @ gate_FD + d_up_TF @ up_FD if needs_x else None,
-            d_gate_TF.T @ x_TD if needs_gate else None,
-            d_up_TF.T @ x_TD if needs_up else None,
-            dy_TD.T @ act_TF if needs_down else None,
-        )
+        dx_TD = joined_linear_dx(both_T2F, [gate_FD, up_FD]) if needs_x else None
+        d_gate_FD, d_up_FD = (both_T2F.T @ x_TD).chunk(2) if needs_gate or needs_up else (None, None)
+        return dx_TD, d_gate_FD, d_up_FD, dy_TD.T @ act_TF if needs_down else None
 
 
 @torch.library.custom_op("minitrain::swiglu_products", mutates_args=(), device_types="cuda")
@@ -69,27 +68,24 @@ def swiglu_products(x_TD: Tensor, gate_FD: Tensor, up_FD: Tensor) -> tuple[Tenso
 
 
 @torch.library.custom_op("minitrain::swiglu_products_bwd", mutates_args=(), device_types="cuda")
-def swiglu_products_bwd(
-    d_out_TD: Tensor, down_DF: Tensor, gate_TF: Tensor, up_TF: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> of d_act = d_out @ down, which is not kept, the gradients of gate and up, and act again; (T, F) each."""
+def swiglu_products_bwd(d_out_TD: Tensor, down_DF: Tensor, gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+    """-> of d_act = d_out @ down, which is not kept: gradients of gate and up, and act again, side by side (T, 3 F)."""
     sizes = _sizes(d_out_TD, {"down": down_DF})
     d_out_TD, down_DF, gate_TF, up_TF = map(aligned, (d_out_TD, down_DF, gate_TF, up_TF))
-    d_gate_TF, d_up_TF, act_TF = (torch.empty_like(gate_TF) for _ in range(3))
-    if len(d_out_TD):
+    T, F = gate_TF.shape
+    out = gate_TF.new_empty(T, 3 * F)
+    if T:
         kernels.swiglu_backward(
             sizes,
             d_out=d_out_TD.data_ptr(),
             down_weight=down_DF.data_ptr(),
             gate=gate_TF.data_ptr(),
             up=up_TF.data_ptr(),
-            d_gate=d_gate_TF.data_ptr(),
-            d_up=d_up_TF.data_ptr(),
-            act=act_TF.data_ptr(),
+            out=out.data_ptr(),
             device=d_out_TD.device.index,
             stream=stream_of(d_out_TD.device),
         )
-    return d_gate_TF, d_up_TF, act_TF
+    return out
 
 
 def _sizes(x_TD, weights):
@@ -109,4 +105,5 @@ def _(x_TD, gate_FD, up_FD):
 
 @swiglu_products_bwd.register_fake
 def _(_d_out_TD, _down_DF, gate_TF, _up_TF):
-    return tuple(gate_TF.new_empty(gate_TF.shape) for _ in range(3))
+    T, F = gate_TF.shape
+    return gate_TF.new_empty(T, 3 * F)

@@ -149,12 +149,12 @@ def test_floors_are_what_a_count_by_hand_gives():
     assert dense["attention"] == pytest.approx(L * H * C * (4 + 10) * pairs)
     parameters = matrices + V * D + L * (2 * D + 2 * C) + D
     assert dense["optimizer"] == pytest.approx(parameters * (2 * 2 + 3 * 8 + 2))
-    block = 16 * D + 5 * (H + K) * C  # SwiGLU is done in its products
+    block = 16 * D + 2 * (H + K) * C  # SwiGLU is done in its products, norms of heads backward in attention
     assert dense["pointwise"] == pytest.approx(2 * T * (L * block + 12 * D))
     assert [*dense, "idle"] == PARTS
 
     llama = floors_of(LlamaConfig(**TINY))
-    assert dense["pointwise"] - llama["pointwise"] == pytest.approx(2 * T * L * (H + K) * C)
+    assert llama["pointwise"] - dense["pointwise"] == pytest.approx(2 * T * L * 2 * (H + K) * C)
     wide = floors_of(Qwen3Config(**TINY), element_bytes=4)
     assert wide["optimizer"] == pytest.approx(parameters * (2 * 4 + 3 * 8))
     two_rows = floors_of(Qwen3Config(**TINY), rows=2)

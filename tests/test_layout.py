@@ -11,13 +11,15 @@ ROOT = Path(__file__).parents[1] / "minitrain"
 
 # A file imports from lower floors only; a file of models/ also from models/layers, which is on its own floor.
 # On the right column's floor, zero.py stands on others, these on ddp.py, and what cuts a model on cut.py.
-# The two columns of floor 3 do not know each other: models, losses and optimizers are plain, parallel/ wraps them.
+# The two columns do not know each other: models, losses and optimizers are plain, parallel/ wraps them.
 FLOORS = [
     {"boxes", "config", "kernels"},
-    {"deterministic", "extension", "parallel.comm", "parallel.layout", "parallel.recompute", "signals", "storage"},
+    {"deterministic", "extension", "joined", "parallel.comm", "parallel.layout", "parallel.recompute", "signals",
+     "storage"},
     {"fused_attention", "multi_tensor", "norm_rotate", "routed_rows", "swiglu", "shards", "batch", "parallel.mesh",
      "parallel.window", "pieces"},
     {"attention"},
+    {"qkv_attention"},
     {
         "left": {"models", "models.layers", "models.llama", "models.qwen3", "models.qwen3_moe",
                  "loss", "optim", "data", "chat", "metrics"},
@@ -30,7 +32,7 @@ FLOORS = [
     {"prove"},
     {"__main__"},
 ]  # fmt: skip
-COLUMNS = 4  # the floor of two columns
+COLUMNS = 5  # the floor of two columns
 LEFT, RIGHT = FLOORS[COLUMNS].values()
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in (LEFT | RIGHT if i == COLUMNS else floor)}
 

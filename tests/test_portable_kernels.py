@@ -52,7 +52,8 @@ class Forward(ctypes.Structure):
 
 class Backward(ctypes.Structure):
     _fields_ = of(Shape, "shape") + of(c_void_p, "plan") + of(Packed, "q k v out d_out")
-    _fields_ += of(c_void_p, "lse d_lse dq dk dv rows dq_sum turns") + of(c_bool, "deterministic")
+    _fields_ += of(c_void_p, "lse d_lse dq") + of(Packed, "dk dv") + of(c_void_p, "rows dq_sum turns")
+    _fields_ += of(c_bool, "deterministic")
     _fields_ += of(c_void_p, "dkv_sum dkv_turns")
 
 
@@ -140,10 +141,11 @@ def run(host, batch, d_lse=None, deterministic=False, causal=True, window=None):
     R = host.padded_rows(byref(shape))
     grads = [room(*x.shape) for x in (batch.q, batch.k, batch.v)]
     rows, dq_sum = room(2, H, R, dtype=torch.float32), room(H, R, C, dtype=torch.float32)
-    written = (*grads, rows, dq_sum, room(H, R // 64, dtype=torch.int32))
+    workspaces = (x.data_ptr() for x in (rows, dq_sum, room(H, R // 64, dtype=torch.int32)))
+    written = grads[0].data_ptr(), *(Packed(x.data_ptr(), *x.stride()[:2]) for x in grads[1:]), *workspaces
     d_lse = None if d_lse is None else d_lse.data_ptr()
     saved = Packed(out.data_ptr(), *out.stride()[:2]), packed(batch.d_out), lse.data_ptr(), d_lse
-    host.backward(byref(Backward(*inputs, *saved, *(x.data_ptr() for x in written), deterministic)))
+    host.backward(byref(Backward(*inputs, *saved, *written, deterministic)))
     assert all((x == 0xFF).all() for x in around), "written outside of the results"
     return Results(out, lse, *grads)
 

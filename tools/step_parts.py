@@ -147,7 +147,7 @@ def _pointwise_elements(model: nn.Module, forwards: int) -> int:
 
                     forward, read -> written                backward
         norm        x, y -> x + y, its norm     4 D         d_out, d_sum, x + y -> d_x      4 D
-        heads       q, k -> normed, turned      2 (q + k)   theirs; q, k -> theirs          3 (q + k), without norm 2
+        heads       q, k -> normed, turned      2 (q + k)   none: attention's, on Hopper    0, without norm 2 (q + k)
         SwiGLU      none: done by its products, on Hopper
         experts     x -> A copies               (A + 1) D   theirs -> d_x                   (A + 1) D
                     SwiGLU of each              3 A F       its; gate, up -> theirs         5 A F
@@ -160,7 +160,7 @@ def _pointwise_elements(model: nn.Module, forwards: int) -> int:
     D, heads = cfg.hidden_size, (cfg.num_attention_heads + cfg.num_key_value_heads) * cfg.head_dim
     has_norms = any("q_norm" in name for name, _ in model.named_parameters())
     forward = 2 * 4 * D + 2 * heads
-    backward = 2 * 4 * D + (3 if has_norms else 2) * heads
+    backward = 2 * 4 * D + (0 if has_norms else 2) * heads
     if A := getattr(cfg, "num_experts_per_tok", 0):
         forward += 2 * (A + 1) * D + 3 * A * cfg.moe_intermediate_size
         backward += (3 * A + 2) * D + 5 * A * cfg.moe_intermediate_size

@@ -1,6 +1,7 @@
 """Architectures by name, building one, and its first weights."""
 
 import importlib
+import itertools
 import math
 import zlib
 from collections.abc import Callable, Collection
@@ -53,15 +54,16 @@ def materialize(model: nn.Module, device: torch.device | str, dtype: torch.dtype
     with_memory False: the parameters have their shapes, and storages of no bytes (for ZeRO 3, which cuts them first).
     UserError for any other buffer on meta, whose values nobody knows.
     """
+    of_meta = [(name, p) for name, p in model.named_parameters() if p.is_meta]
     made = {}
+    for _, block in itertools.groupby(of_meta, key=lambda of: of[0].split(".")[:2]):
+        params = [p for _, p in block]
+        for p, memory in zip(params, _side_by_side(params, device, dtype, with_memory), strict=True):
+            made[p] = nn.Parameter(memory, p.requires_grad)
+            made[p].__dict__.update(vars(p))  # what parallelize wrote on it
     for module in model.modules():
         for name, p in module._parameters.items():
-            if p is not None and p.is_meta:
-                if p not in made:
-                    made[p] = nn.Parameter(torch.empty_like(p, device=device, dtype=dtype), p.requires_grad)
-                    made[p].__dict__.update(vars(p))  # what parallelize wrote on it
-                    if not with_memory:
-                        made[p].untyped_storage().resize_(0)
+            if p in made:
                 module._parameters[name] = made[p]
         for name, b in module._buffers.items():
             if b is not None and b.is_meta:
@@ -70,6 +72,19 @@ def materialize(model: nn.Module, device: torch.device | str, dtype: torch.dtype
                 module._buffers[name] = torch.zeros_like(b, device=device)
 
 
+def _side_by_side(params, device, dtype, with_memory) -> list[torch.Tensor]:
+    """Memory for each, one after the other in one tensor, so that joined.py finds one matrix in several."""
+    if not with_memory:
+        memory = [torch.empty_like(p, device=device, dtype=dtype) for p in params]
+        for x in memory:
+            x.untyped_storage().resize_(0)
+        return memory
+    sizes = [-(-p.numel() // _ALIGN) * _ALIGN for p in params]
+    flat = torch.empty(sum(sizes), device=device, dtype=dtype)
+    return [x[: p.numel()].view(p.shape) for p, x in zip(params, flat.split(sizes), strict=True)]
+
+
+_ALIGN = 64  # elements, of where each begins
 _OWN_VALUES = "build the model on a device, give it its first weights yourself, and pass it to train()"
 
 

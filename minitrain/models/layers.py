@@ -133,11 +133,11 @@ def swiglu(x_TD: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Ten
     return down(F.silu(gate(x_TD)) * up(x_TD))
 
 
-def _is_plain(linear: nn.Module) -> bool:
-    """Whether calling it is F.linear with its weight and nothing else, no bias or hook or class of somebody's own."""
-    hooks = linear._forward_pre_hooks, linear._forward_hooks, linear._backward_pre_hooks, linear._backward_hooks
-    is_own = type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter or "forward" in vars(linear)
-    return not is_own and linear.bias is None and not any(hooks)
+def _is_plain(module: nn.Module) -> bool:
+    """Whether it is a Linear without bias or an RMSNorm, and calling it nothing else: no hook or class of one's own."""
+    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    is_known = type(module) in (nn.Linear, nn.RMSNorm) and "forward" not in vars(module) and not any(hooks)
+    return is_known and type(module.weight) is nn.Parameter and getattr(module, "bias", None) is None
 
 
 # How parallel/tp.py cuts these modules over ranks, by name. A model with other modules says so in its own TP_PLAN.
@@ -187,12 +187,29 @@ class Attention(nn.Module):
         self.attention = attention
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
-        shape = (len(x_TD), -1, self.head_dim)  # -1: the heads that this rank has
-        q_THC = self.norm_rotate(self.q_proj(x_TD).view(shape), self.q_norm, *rope)
-        k_TKC = self.norm_rotate(self.k_proj(x_TD).view(shape), self.k_norm, *rope)
-        v_TKC = self.v_proj(x_TD).view(shape)
-        o_THC = self.attention(q_THC, k_TKC, v_TKC, batch.cu_seqlens_q, batch.cu_seqlens_k, batch.max_seqlen)
+        from minitrain.qkv_attention import qkv_attention  # on use only
+
+        documents = batch.cu_seqlens_q, batch.cu_seqlens_k, batch.max_seqlen
+        if self._can_fuse(x_TD):
+            weights = self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
+            norms = self.q_norm.weight, self.k_norm.weight
+            o_THC = qkv_attention(x_TD, weights, norms, self.q_norm.eps, *rope, *documents[:2])
+        else:
+            shape = (len(x_TD), -1, self.head_dim)  # -1: the heads that this rank has
+            q_THC = self.norm_rotate(self.q_proj(x_TD).view(shape), self.q_norm, *rope)
+            k_TKC = self.norm_rotate(self.k_proj(x_TD).view(shape), self.k_norm, *rope)
+            v_TKC = self.v_proj(x_TD).view(shape)
+            o_THC = self.attention(q_THC, k_TKC, v_TKC, *documents)
         return self.o_proj(o_THC.flatten(1))
+
+    def _can_fuse(self, x_TD: Tensor) -> bool:
+        """Whether everything before o_proj is as it was made, and kernels do it in fewer passes over memory."""
+        from minitrain.attention import attention
+        from minitrain.qkv_attention import can_run
+
+        modules = self.q_proj, self.k_proj, self.v_proj, self.q_norm, self.k_norm
+        is_as_made = self.attention is attention and self.norm_rotate is norm_rotate and all(map(_is_plain, modules))
+        return is_as_made and can_run(x_TD, self.head_dim, *(module.weight for module in modules))
 
 
 class SwiGLU(nn.Module):

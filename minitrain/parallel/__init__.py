@@ -79,4 +79,5 @@ def _use_attention(model, mesh, cfg):
         except ValueError as error:
             raise UserError(f"train.attention: {error}") from None
     for module in ours:
-        module.attention = functools.partial(attention, backend=cfg.attention)
+        is_auto = cfg.attention == "auto"
+        module.attention = attention if is_auto else functools.partial(attention, backend=cfg.attention)

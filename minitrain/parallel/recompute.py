@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 _ROUTING = {"aten::topk", "aten::sort", "minitrain::exchange_counts"}  # few bytes; the host waits for the last
 _COSTLY = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "_grouped_mm")} | _ROUTING
-_COSTLY |= {"minitrain::swiglu_products", "minitrain::rows_to_ranks", "minitrain::rows_from_ranks"}
+_COSTLY |= {f"minitrain::{name}" for name in ("joined_linear", "swiglu_products", "rows_to_ranks", "rows_from_ranks")}
 
 
 def _is_attention(op) -> bool:
