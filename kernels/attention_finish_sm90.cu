@@ -134,8 +134,7 @@ __global__ void __launch_bounds__(kThreads, 3)
         const int pair = i / (2 * kEach), half = i / kEach % 2, channel = i % kEach;
         float x = half ? grad[pair].b[channel] : grad[pair].a[channel];
         for (int step = 4; step < 32; step *= 2) x += __shfl_xor_sync(~0u, x, step);
-        if (threadIdx.x % 32 < 4)
-            of_warp[threadIdx.x / 32][half * C / 2 + 32 * pair + kEach * lane + channel] = x;
+        if (threadIdx.x % 32 < 4) of_warp[threadIdx.x / 32][half * C / 2 + 32 * pair + kEach * lane + channel] = x;
     }
     __syncthreads();
     if (threadIdx.x < C) {

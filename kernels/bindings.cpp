@@ -224,8 +224,8 @@ PYBIND11_MODULE(kernels, m) {
     py::class_<NormRotate>(m, "NormRotate")
         .def(py::init([](int tokens, int heads, int head_dim, Packed x, uintptr_t weight, uintptr_t cos, uintptr_t sin,
                          float eps) {
-                 return NormRotate{tokens,         heads, head_dim, x, pointer<void>(weight), pointer<float>(cos),
-                                   pointer<float>(sin), eps};
+                 return NormRotate{
+                     tokens, heads, head_dim, x, pointer<void>(weight), pointer<float>(cos), pointer<float>(sin), eps};
              }),
              py::kw_only(), py::arg("tokens"), py::arg("heads"), py::arg("head_dim"), py::arg("x"), py::arg("weight"),
              py::arg("cos"), py::arg("sin"), py::arg("eps"));

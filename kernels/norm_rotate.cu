@@ -145,9 +145,8 @@ int norm_rotate_num_parts(int device) { return 2 * num_processors(device); }
 void norm_rotate_backward(const NormRotate& args, const Packed& d_out, const Packed& dx, void* weight_grad,
                           float* parts, int num_parts, int device, cudaStream_t stream) {
     const OnDevice guard(device);
-    for_head_dim(args, "norm_rotate_backward", [&](auto C) {
-        backward_kernel<C><<<num_parts, kThreads, 0, stream>>>(args, d_out, dx, parts);
-    });
+    for_head_dim(args, "norm_rotate_backward",
+                 [&](auto C) { backward_kernel<C><<<num_parts, kThreads, 0, stream>>>(args, d_out, dx, parts); });
     norm_rotate_sum_parts(parts, num_parts, args.head_dim, weight_grad, stream);
 }
 

@@ -49,8 +49,8 @@ __device__ inline float sum_of_squares(const Pairs& x) {
     return sum;
 }
 
-// Of y = weight n, n = x / rms, turned: from d, the gradient of what was turned, to that of n, dn = weight dy. x becomes
-// n; scale: 1 / rms. grad: of the weight, plus dy n. -> this thread's part of the sum of dn n over the head.
+// Of y = weight n, n = x / rms, turned: from d, the gradient of what was turned, to that of n, dn = weight dy. x
+// becomes n; scale: 1 / rms. grad: of the weight, plus dy n. -> this thread's part of the sum of dn n over the head.
 __device__ inline float turn_back(Pairs& d, Pairs& x, float scale, const Pairs& weight, const Angles& angles,
                                   Pairs& grad) {
     float product = 0.0f;

@@ -16,8 +16,8 @@ struct SwiGLU {
 void swiglu_forward(const SwiGLU& sizes, const void* x, const void* gate_weight, const void* up_weight, void* gate,
                     void* up, void* act, int device, cudaStream_t stream);
 
-// d_act = d_out (T, D) times down_weight (D, F) is not kept. Of it, gate and up -> out (T, 3 F): the gradients of gate and
-// of up, and act again, side by side.
+// d_act = d_out (T, D) times down_weight (D, F) is not kept. Of it, gate and up -> out (T, 3 F): the gradients of gate
+// and of up, and act again, side by side.
 void swiglu_backward(const SwiGLU& sizes, const void* d_out, const void* down_weight, const void* gate, const void* up,
                      void* out, int device, cudaStream_t stream);
 

@@ -42,7 +42,7 @@ struct SwiGLUBackward {
     static constexpr bool kTransB = true;
     static constexpr int kWide = kCols, kStages = 4, kSideStages = 2;
     CUtensorMap left, weight, sides[2];  // gate, up
-    __nv_bfloat16* out;  // their gradients and act, side by side
+    __nv_bfloat16* out;                  // their gradients and act, side by side
 
     MINITRAIN_DEVICE void load_right(uint32_t to, Mbarrier& full, int rank, int k, int column) const {
         const int half = kDepth / 2 * rank;
