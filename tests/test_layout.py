@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1] / "minitrain"
 FLOORS = [
     {"boxes", "config", "kernels"},
     {"deterministic", "extension", "parallel.comm", "parallel.layout", "parallel.recompute", "signals", "storage"},
-    {"fused_attention", "multi_tensor", "norm_rotate", "routed_rows", "swiglu", "shards", "batch", "parallel.mesh",
-     "parallel.window", "pieces"},
+    {"add_norm", "fused_attention", "multi_tensor", "norm_rotate", "routed_rows", "swiglu", "shards", "batch",
+     "parallel.mesh", "parallel.window", "pieces"},
     {"attention"},
     {
         "left": {"models", "models.layers", "models.llama", "models.qwen3", "models.qwen3_moe",
