@@ -239,7 +239,9 @@ def test_what_is_made_of_the_kernels_results_are_the_gradients(on_cpu, with_delt
             torch.testing.assert_close(got, expected)
     x, delta, *others = make(200, 64, device="cpu")
     inputs = x, delta if with_delta else None, *others
-    assert_as_good_as_bf16(results(fused.add_norm, *inputs), inputs)
+    ours = results(fused.add_norm, *inputs)
+    assert_as_good_as_bf16(ours, inputs)
+    assert with_delta or ours[0].data_ptr() == x.data_ptr(), "copied"
 
 
 def test_a_gradient_that_nobody_has_is_zero(on_cpu):
