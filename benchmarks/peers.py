@@ -37,6 +37,7 @@ def plain(cfg: Config):
     init_weights(model, seed=0)
     model.to(torch.bfloat16)
     for layer in model.layers.values():
+        layer.add_norm = _add_norm
         layer.self_attn.attention = _cudnn_attention
         layer.self_attn.norm_rotate = lambda x_THC, norm, *rope: rotate(norm(x_THC), *rope)
         layer.mlp.swiglu = lambda x_TD, gate, up, down: down(F.silu(gate(x_TD)) * up(x_TD))
@@ -66,6 +67,11 @@ def plain(cfg: Config):
         return total
 
     return step
+
+
+def _add_norm(x_TD, delta_TD, norm):
+    x_TD = x_TD if delta_TD is None else x_TD + delta_TD
+    return x_TD, norm(x_TD)
 
 
 def transformers(cfg: Config):

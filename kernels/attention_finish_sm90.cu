@@ -9,6 +9,7 @@
 #include "attention.cuh"
 #include "norm_rotate.cuh"
 #include "sm90.cuh"
+#include "sum_parts.cuh"
 
 namespace minitrain {
 namespace {
@@ -183,7 +184,8 @@ void attention_finish_through_norm_sm90(const AttentionBackward& args, const Nor
     for_head_dim(args, [&](auto C) {
         finish_through_norm_kernel<C><<<num_parts, kThreads, 0, stream>>>(args, padded_rows, norm, dx, parts);
     });
-    norm_rotate_sum_parts(parts, num_parts, args.shape.head_dim, weight_grad, stream);
+    sum_parts(parts, num_parts, args.shape.head_dim, weight_grad, stream);
+    check(cudaGetLastError(), "sum_parts", {{"parts", num_parts}, {"channels", args.shape.head_dim}});
 }
 
 }  // namespace minitrain

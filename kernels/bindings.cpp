@@ -12,6 +12,7 @@
 
 #include "adamw.h"
 #include "add.h"
+#include "add_norm.h"
 #include "attention.h"
 #include "cross_entropy.h"
 #include "norm_rotate.h"
@@ -260,6 +261,34 @@ PYBIND11_MODULE(kernels, m) {
         py::arg("norm"), py::kw_only(), py::arg("shape"), py::arg("plan"), py::arg("dq_sum"), py::arg("turns"),
         py::arg("dx"), py::arg("weight_grad"), py::arg("parts"), py::arg("num_parts"), py::arg("device"),
         py::arg("stream"));
+
+    // Residual add and RMSNorm over the hidden width: kernels/add_norm.h.
+    using minitrain::AddNorm;
+    py::class_<AddNorm>(m, "AddNorm")
+        .def(py::init([](int tokens, int channels, uintptr_t weight, float eps) {
+                 return AddNorm{tokens, channels, pointer<void>(weight), eps};
+             }),
+             py::kw_only(), py::arg("tokens"), py::arg("channels"), py::arg("weight"), py::arg("eps"));
+    m.def(
+        "add_norm",
+        [](const AddNorm& args, uintptr_t x, uintptr_t delta, uintptr_t sum, uintptr_t out, int device,
+           uintptr_t stream) {
+            minitrain::add_norm(args, pointer<void>(x), pointer<void>(delta), pointer<void>(sum), pointer<void>(out),
+                                device, stream_of(stream));
+        },
+        py::arg("args"), py::kw_only(), py::arg("x"), py::arg("delta"), py::arg("sum"), py::arg("out"),
+        py::arg("device"), py::arg("stream"));
+    m.def("add_norm_num_parts", &minitrain::add_norm_num_parts);
+    m.def(
+        "add_norm_backward",
+        [](const AddNorm& args, uintptr_t d_out, uintptr_t d_sum, uintptr_t sum, uintptr_t dx, uintptr_t weight_grad,
+           uintptr_t parts, int num_parts, int device, uintptr_t stream) {
+            minitrain::add_norm_backward(args, pointer<void>(d_out), pointer<void>(d_sum), pointer<void>(sum),
+                                         pointer<void>(dx), pointer<void>(weight_grad), pointer<float>(parts),
+                                         num_parts, device, stream_of(stream));
+        },
+        py::arg("args"), py::kw_only(), py::arg("d_out"), py::arg("d_sum"), py::arg("sum"), py::arg("dx"),
+        py::arg("weight_grad"), py::arg("parts"), py::arg("num_parts"), py::arg("device"), py::arg("stream"));
 
     // kernels/swiglu.h.
     using minitrain::SwiGLU;

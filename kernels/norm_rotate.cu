@@ -9,6 +9,7 @@
 
 #include "common.cuh"
 #include "norm_rotate.cuh"
+#include "sum_parts.cuh"
 
 namespace minitrain {
 namespace {
@@ -99,19 +100,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
 }
 
-// out (C,): sums over parts (num_parts, C). A CTA has 32 channels, a warp of it every 32nd part.
-__global__ void __launch_bounds__(1024) sum_kernel(const float* parts, int num_parts, bf16* out) {
-    __shared__ float of_warp[32][32];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, channels = gridDim.x * 32;
-    float sum = 0.0f;
-    for (int part = warp; part < num_parts; part += 32) sum += parts[part * channels + blockIdx.x * 32 + lane];
-    of_warp[warp][lane] = sum;
-    __syncthreads();
-    if (warp > 0) return;
-    for (int w = 1; w < 32; ++w) sum += of_warp[w][lane];
-    out[blockIdx.x * 32 + lane] = __float2bfloat16_rn(sum);
-}
-
 // call(std::integral_constant<int, C>) for the C that args has.
 template <typename Call>
 void for_head_dim(const NormRotate& args, const char* what, Call call) {
@@ -147,12 +135,7 @@ void norm_rotate_backward(const NormRotate& args, const Packed& d_out, const Pac
     const OnDevice guard(device);
     for_head_dim(args, "norm_rotate_backward",
                  [&](auto C) { backward_kernel<C><<<num_parts, kThreads, 0, stream>>>(args, d_out, dx, parts); });
-    norm_rotate_sum_parts(parts, num_parts, args.head_dim, weight_grad, stream);
-}
-
-void norm_rotate_sum_parts(const float* parts, int num_parts, int head_dim, void* weight_grad, cudaStream_t stream) {
-    sum_kernel<<<head_dim / 32, 1024, 0, stream>>>(parts, num_parts, static_cast<bf16*>(weight_grad));
-    check(cudaGetLastError(), "norm_rotate_sum_parts", {{"parts", num_parts}, {"head_dim", head_dim}});
+    sum_parts(parts, num_parts, args.head_dim, weight_grad, stream);
 }
 
 }  // namespace minitrain

@@ -32,7 +32,4 @@ void attention_finish_through_norm_sm90(const AttentionBackward& args, const Nor
                                         void* weight_grad, float* parts, int num_parts, int device,
                                         cudaStream_t stream);
 
-// weight_grad (C,) bf16: the sum of parts, in the same order every time.
-void norm_rotate_sum_parts(const float* parts, int num_parts, int head_dim, void* weight_grad, cudaStream_t stream);
-
 }  // namespace minitrain

@@ -77,9 +77,7 @@ def compile_for_the_host(folder, sources, *options):
     command += [*map(str, folder.glob("*.cpp")), "-o", str(folder / "host.so")]
     done = subprocess.run(command, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    library = ctypes.CDLL(str(folder / "host.so"))
-    library.plan_ints.restype = library.padded_rows.restype = ctypes.c_int64
-    return library
+    return ctypes.CDLL(str(folder / "host.so"))
 
 
 def write_corpus(folder, documents, vocab_size=101, shards=1, trained=None):

@@ -1,5 +1,5 @@
-// CUDA's words for the host compiler, as far as attention_plan.cu, attention_prepare.cu and attention_*_sm80.cu say
-// them: test_attention_plan.py and test_portable_kernels.py run these with it.
+// CUDA's words for the host compiler, as far as attention_plan.cu, attention_prepare.cu, attention_*_sm80.cu and
+// add_norm.cu say them: test_attention_plan.py, test_portable_kernels.py and test_portable_norm.py run these with it.
 //
 // The threads of a CTA are fibers: each runs until it waits for others. The warps take turns at random, so that they
 // are out of step wherever nothing keeps them together; CTAs come one after another. What a warp does as one, the last
@@ -42,6 +42,8 @@ struct float2 {
 struct alignas(16) float4 {
     float x, y, z, w;
 };
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 struct dim3 {
     unsigned x, y, z;
     dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -142,6 +144,14 @@ inline void __syncthreads() {
     cta.arrived = 0, ++cta.round;
 }
 
+// bar.sync, of some of a CTA's warps.
+inline Barrier named[16];
+inline void sync(int barrier, int threads) {
+    if (barrier < 1 || barrier > 15) fail("no such barrier, or the CTA's");
+    if (++named[barrier].arrived < threads) return wait_at(named[barrier]);
+    named[barrier].arrived = 0, ++named[barrier].round;
+}
+
 // The lanes in `mask` meet, and the last one does `work` for all: at(lane) is what that lane brought.
 template <typename T, typename Work>
 void together(unsigned mask, T& mine, Work work) {
@@ -204,8 +214,8 @@ struct Launch {
     dim3 ctas;
     unsigned threads, smem;
     cudaStream_t stream;
-    template <typename... Args>
-    void operator()(void (*kernel)(Args...), Args... args) {
+    template <typename... Params, typename... Args>
+    void operator()(void (*kernel)(Params...), Args... args) {
         body = [=] { kernel(args...); };
         gridDim = ctas, blockDim = threads;
         for (blockIdx.y = 0; blockIdx.y < ctas.y; ++blockIdx.y)
@@ -253,6 +263,7 @@ struct Launch {
 
 struct __nv_bfloat16 {
     uint16_t bits;
+    explicit operator float() const;
 };
 struct alignas(4) __nv_bfloat162 {
     __nv_bfloat16 x, y;
@@ -267,6 +278,11 @@ inline uint32_t pack(float low, float high) {
     memcpy(&bits[0], &low, 4), memcpy(&bits[1], &high, 4);
     for (uint32_t& b : bits) b = (b & 0x7fffffff) > 0x7f800000 ? 0x7fff : (b + 0x7fff + (b >> 16 & 1)) >> 16;
     return bits[0] | bits[1] << 16;
+}
+inline __nv_bfloat16::operator float() const { return to_float(bits); }
+inline __nv_bfloat16 __float2bfloat16_rn(float x) { return {static_cast<uint16_t>(pack(x, 0.0f))}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float low, float high) {
+    return {__float2bfloat16_rn(low), __float2bfloat16_rn(high)};
 }
 inline float exp2_approx(float x) { return exp2f(x); }
 inline void add_to(float* sum, float x) { *sum += x; }

@@ -72,7 +72,9 @@ def host(tmp_path_factory):
     assert launches == 1
     tiles = "constexpr minitrain::AttentionTiles attention_tiles_sm80(int) { return {}; }"
     sources = {"plan.inc": source, "harness.cpp": HARNESS, "sm80.cuh": tiles}
-    return compile_for_the_host(tmp_path_factory.mktemp("host"), sources)
+    library = compile_for_the_host(tmp_path_factory.mktemp("host"), sources)
+    library.plan_ints.restype = library.padded_rows.restype = ctypes.c_int64
+    return library
 
 
 def ints(values):

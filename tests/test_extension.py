@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from minitrain import extension, fused_attention, multi_tensor, norm_rotate, routed_rows, swiglu
+from minitrain import add_norm, extension, fused_attention, multi_tensor, norm_rotate, routed_rows, swiglu
 
 
 @pytest.fixture
@@ -42,8 +42,10 @@ def test_every_kernel_runs_on_the_gpus_it_was_built_for(gpu, archs, capability, 
         x, p = torch.empty(4, 2, 64, device="cuda", dtype=torch.bfloat16), torch.empty(4, device="cuda")
         weight = torch.empty(64, device="cuda", dtype=torch.bfloat16)
         x_TD, weight_FD = (torch.empty(n, 128, device="cuda", dtype=torch.bfloat16) for n in (7, 64))
+        weight_D = torch.empty(128, device="cuda", dtype=torch.bfloat16)
     found = [norm_rotate.can_run(x, weight), routed_rows.can_run(x), multi_tensor.can_step([p])]
-    assert found == [reason is None] * 3
+    found.append(add_norm.can_run(x_TD, weight_D, x_TD))
+    assert found == [reason is None] * 4
     assert swiglu.can_run(x_TD, weight_FD) == (reason is None and "90a" in archs and capability == (9, 0))
     for why_not in (extension.why_not("cuda", 0), fused_attention.why_not("cuda", torch.bfloat16, 64)):
         assert (why_not is None) if reason is None else (reason in why_not)

@@ -16,8 +16,8 @@ FLOORS = [
     {"boxes", "config", "kernels"},
     {"deterministic", "extension", "joined", "parallel.comm", "parallel.layout", "parallel.recompute", "signals",
      "storage"},
-    {"fused_attention", "multi_tensor", "norm_rotate", "routed_rows", "swiglu", "shards", "batch", "parallel.mesh",
-     "parallel.window", "pieces"},
+    {"add_norm", "fused_attention", "multi_tensor", "norm_rotate", "routed_rows", "swiglu", "shards", "batch",
+     "parallel.mesh", "parallel.window", "pieces"},
     {"attention"},
     {"qkv_attention"},
     {

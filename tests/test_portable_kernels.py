@@ -104,6 +104,7 @@ def host(tmp_path_factory):
     sizes = [f"-DFORWARD_BYTES={ctypes.sizeof(Forward)}", f"-DBACKWARD_BYTES={ctypes.sizeof(Backward)}"]
     folder, sources = tmp_path_factory.mktemp("portable"), sources | {"harness.cpp": HARNESS}
     library = compile_for_the_host(folder, sources, "-fno-strict-aliasing", *sizes)
+    library.plan_ints.restype = library.padded_rows.restype = c_int64
     for call in (library.plan, library.forward, library.backward):
         call.restype, call.errcheck = c_char_p, raise_error
     return library

@@ -14,6 +14,7 @@ from minitrain import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
+    add_norm,
     build_model,
     norm_rotate,
     routed_rows,
@@ -449,7 +450,7 @@ def test_on_the_gpu_loss_and_gradients_are_as_near_to_exact_ones_as_plain_bf16s(
 
     exact = of("cpu", torch.float64)
     fast = of("cuda", torch.bfloat16, recompute=recompute)
-    for module in (norm_rotate, routed_rows, swiglu):
+    for module in (add_norm, norm_rotate, routed_rows, swiglu):
         monkeypatch.setattr(module, "can_run", lambda *_: False)
     plain = of("cuda", torch.bfloat16, attention="reference", compile="off")
     for name, value in exact.items():

@@ -3,8 +3,9 @@
     python tools/bench_kernels.py [--repeats 30]
 
 32,768 tokens with 16 query and 8 key heads of 128 channels for RMSNorm with RoPE, (4,096, 151,936) logits for the
-cross-entropy; bf16. Bytes are those that must be read and written once. SwiGLU of the 0.6B (32,768 tokens) and of the
-4B (8,192), and their logits of 4,096 tokens, random numbers. Before each call L2 is flushed; medians.
+cross-entropy; bf16. Bytes are those that must be read and written once. Residual add with RMSNorm, and SwiGLU, of the
+0.6B (32,768 tokens) and of the 4B (8,192), and their logits of 4,096 tokens, random numbers. Before each call L2 is
+flushed; medians.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minitrain import norm_rotate as fused
+from minitrain.add_norm import add_norm
 from minitrain.extension import runs_on_hopper
 from minitrain.loss import softmax_cross_entropy_, write_logits
 from minitrain.models.layers import rotate
@@ -71,6 +73,35 @@ def norm_rotate_cases():
         "norm + RoPE forward": (2 * size + tables, lambda: [ours(x) for x in xs], lambda: [compiled(x) for x in xs]),
         "norm + RoPE backward": (3 * size + tables, backward_of(ours), backward_of(compiled)),
     }
+
+
+def add_norm_cases():
+    """-> {name: (bytes, ours, compiled)}: before a half of a block, forward, then backward."""
+
+    @functools.partial(torch.compile, dynamic=False)
+    def compiled(x, delta, weight):
+        x = x + delta
+        return x, F.rms_norm(x, weight.shape, weight, EPS)
+
+    def cases(model, T, D):
+        x, delta, *gradients = (torch.randn(T, D, device="cuda").bfloat16() for _ in range(4))
+        inputs = x, delta, torch.ones(D, device="cuda", dtype=torch.bfloat16)
+        inputs = [t.requires_grad_() for t in inputs]
+
+        def ours(*args):
+            return add_norm(*args, EPS)
+
+        def backward_of(function):
+            outs = function(*inputs)
+            return lambda: torch.autograd.grad(outs, inputs, gradients, retain_graph=True)
+
+        size = 4 * T * D * 2
+        return {
+            f"{model}: add + norm forward": (size, lambda: ours(*inputs), lambda: compiled(*inputs)),
+            f"{model}: add + norm backward": (size, backward_of(ours), backward_of(compiled)),
+        }
+
+    return cases("0.6B", 32_768, 1024) | cases("4B", 8192, 2560)
 
 
 def cross_entropy_cases():
@@ -127,7 +158,8 @@ def main() -> None:
         parser.error("needs a CUDA GPU")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {datetime.date.today()}\n")
     print("| kernel | MB | ms | GB/s | of a copy | torch.compile, ms |\n|---|---|---|---|---|---|")
-    for name, (size, ours, compiled) in (norm_rotate_cases() | cross_entropy_cases()).items():
+    all_cases = norm_rotate_cases() | add_norm_cases() | cross_entropy_cases()
+    for name, (size, ours, compiled) in all_cases.items():
         source = torch.empty(size // 2, dtype=torch.uint8, device="cuda")
         target = torch.empty_like(source)
         copy = milliseconds(lambda a=target, b=source: a.copy_(b), options.repeats)

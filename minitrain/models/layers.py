@@ -121,6 +121,17 @@ def norm_rotate(x_THC: Tensor, norm: nn.Module, cos_TC2: Tensor, sin_TC2: Tensor
     return rotate(norm(x_THC), cos_TC2, sin_TC2)
 
 
+def add_norm(x_TD: Tensor, delta_TD: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """x + delta, and its norm, x and its norm if delta is None: as one kernel each way where `norm` is a plain RMSNorm
+    and the kernel can run."""
+    from minitrain.add_norm import add_norm, can_run  # on use only
+
+    if _is_plain(norm) and norm.eps is not None and can_run(x_TD, norm.weight, delta_TD):
+        return add_norm(x_TD, delta_TD, norm.weight, norm.eps)
+    x_TD = x_TD if delta_TD is None else x_TD + delta_TD
+    return x_TD, norm(x_TD)
+
+
 def swiglu(x_TD: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
     """down(silu(gate(x)) * up(x)): with the pointwise work inside of products where those are plain and a kernel can.
 
@@ -235,10 +246,12 @@ class Block(nn.Module):
         self.self_attn = self_attn
         self.post_attention_layernorm = nn.RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.mlp = mlp
+        self.add_norm = add_norm  # a seam, as Attention has
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, batch)
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD), batch)
+        x_TD, normed_TD = self.add_norm(x_TD, None, self.input_layernorm)
+        x_TD, normed_TD = self.add_norm(x_TD, self.self_attn(normed_TD, rope, batch), self.post_attention_layernorm)
+        return x_TD + self.mlp(normed_TD, batch)
 
 
 # ---- the whole model
