@@ -70,8 +70,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         for (int first = 0; first < args.heads; first += kHeads) {
             const int head = first + threadIdx.x % 32 / kLanes, valid_head = min(head, args.heads - 1);
             Pairs x = load_pairs(head_of(args.x, token, valid_head) + channel, C / 2);
-            Pairs d = {};
-            if (head < args.heads) d = load_pairs(head_of(d_out, token, head) + channel, C / 2);
+            Pairs d = load_pairs(head_of(d_out, token, valid_head) + channel, C / 2);
+            if (head >= args.heads) d = {};
             const float scale = inverse_rms<C>(x, args.eps);
             const float mean = sum_over_head<C>(turn_back(d, x, scale, weight, angles, grad)) / C;
             norm_gradient(d, x, mean, scale);

@@ -40,7 +40,7 @@ def qkv_attention(
 
     weights: of the three projections, (H * C, D) and twice (K * C, D); norms: of the RMSNorm of each query and key
     before it is turned, (C,) twice; all bf16. cos, sin (T, C/2) fp32; cu_seqlens_* (N + 1,) int32, as for attention.
-    Keeps x, qkv, q, k and the result. Not differentiable twice.
+    Keeps x, qkv, q and the result. Not differentiable twice.
     """
     deterministic = torch.are_deterministic_algorithms_enabled()
     rest = cos_TC2, sin_TC2, cu_seqlens_q, cu_seqlens_k, eps, deterministic
@@ -58,7 +58,7 @@ class _QKVAttention(torch.autograd.Function):
         k_TKC = heads.norm_rotate(k_TKC, k_norm, cos, sin, eps)
         mask = kernels.UNBOUNDED, 0, C**-0.5
         out_THC, lse_HT = attention_fwd(q_THC, k_TKC, v_TKC, cu_q, cu_k, *mask, deterministic, True)
-        made = qkv_TNC, q_THC, k_TKC, out_THC, lse_HT
+        made = qkv_TNC, q_THC, out_THC, lse_HT  # k is made again
         ctx.save_for_backward(x_TD, *weights, *made, q_norm, k_norm, cos, sin, cu_q, cu_k)
         return out_THC
 
@@ -78,7 +78,6 @@ def qkv_attention_bwd(
     d_out_THC: Tensor,
     qkv_TNC: Tensor,
     q_THC: Tensor,
-    k_TKC: Tensor,
     out_THC: Tensor,
     lse_HT: Tensor,
     q_norm_C: Tensor,
@@ -90,13 +89,14 @@ def qkv_attention_bwd(
     eps: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> gradients of qkv and of the norms' weights. q and k are what norm_rotate made of qkv's."""
-    (T, H, C), K = q_THC.shape, k_TKC.shape[1]
+    """-> gradients of qkv and of the norms' weights. q is what norm_rotate made of qkv's; k it makes again."""
+    (T, H, C), K = q_THC.shape, (qkv_TNC.shape[1] - q_THC.shape[1]) // 2
     qkv_TNC = qkv_TNC.contiguous()
     d_qkv, d_q_norm, d_k_norm = (torch.empty_like(x) for x in (qkv_TNC, q_norm_C, k_norm_C))
     if not T:
         return d_qkv, d_q_norm.zero_(), d_k_norm.zero_()
     (q_before, k_before, v), (dq, dk, dv) = (x.split([H, K, K], 1) for x in (qkv_TNC, d_qkv))
+    k_TKC = heads.norm_rotate(k_before, k_norm_C, cos_TC2, sin_TC2, eps)
     dk_turned, shape = torch.empty_like(k_TKC), shape_of(q_THC, k_TKC, cu_q, kernels.UNBOUNDED, 0, C**-0.5)
     saved = q_THC, k_TKC, v, out_THC, lse_HT, cu_q, cu_k
     left = run_backward(d_out_THC, None, saved, shape, (None, dk_turned, dv), deterministic, hopper=True)
@@ -117,5 +117,5 @@ def qkv_attention_bwd(
 
 
 @qkv_attention_bwd.register_fake
-def _(_d_out, qkv_TNC, _q, _k, _out, _lse, q_norm_C, k_norm_C, *_):
+def _(_d_out, qkv_TNC, _q, _out, _lse, q_norm_C, k_norm_C, *_):
     return qkv_TNC.new_empty(qkv_TNC.shape), torch.empty_like(q_norm_C), torch.empty_like(k_norm_C)
