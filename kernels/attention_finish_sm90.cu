@@ -27,8 +27,6 @@ struct Queries {
     static constexpr int kOfItem = hopper_tiles(C).queries / kQueries;  // so many make a tile of the plan
     int head, rows;                                                     // rows: of a document, at most 0 if it has none
     int64_t token;                                                      // of the first
-    const float4* sum;
-    bool is_written;  // else no key is seen
     uint32_t pairs[2][kGroups][4];
 
     __device__ Queries(const AttentionBackward& args, const Plan& plan, int padded_rows, int number) {
@@ -36,13 +34,12 @@ struct Queries {
         const Document doc = plan.documents[item.document];
         const int first = (item.tile * kOfItem + number % kOfItem) * kQueries;
         head = item.head, rows = doc.q_len - first, token = doc.q_begin + first;
+        if (rows <= 0) return;
         const int64_t begin = int64_t(head) * padded_rows + padded_begin(doc, item.document, C);
         const int of_block = first / query_block(C) * query_block(C);
-        is_written = rows > 0 && args.turns[(begin + of_block) / kRowsOfTurn] > 0;
-        sum = reinterpret_cast<const float4*>(args.dq_sum + (begin + first) * C) + threadIdx.x;
-    }
-
-    __device__ void load(float scale) {
+        const bool is_written = args.turns[(begin + of_block) / kRowsOfTurn] > 0;  // else no key is seen
+        const float4* sum = reinterpret_cast<const float4*>(args.dq_sum + (begin + first) * C) + threadIdx.x;
+        const float scale = args.shape.scale;
 #pragma unroll
         for (int i = 0; i < C / 8; ++i) {
             const float4 x = is_written ? __ldcs(sum + i * kThreads) : float4{};
@@ -53,7 +50,6 @@ struct Queries {
 
     // Row r of this thread's two, in the CTA's queries.
     __device__ int row(int r) const { return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + 8 * r; }
-    __device__ int valid_row(int r) const { return min(row(r), rows - 1); }
 
     // 8 channels of it, from 32 * group + 8 * (threadIdx.x % 4) on; by all lanes.
     __device__ uint4 channels(int r, int group) const {
@@ -66,9 +62,8 @@ template <int C>
 __global__ void __launch_bounds__(kThreads) finish_kernel(const AttentionBackward args, int padded_rows) {
     const Plan plan(args.plan, args.shape, hopper_tiles(C));
     if (blockIdx.x >= plan.num_query_items() * Queries<C>::kOfItem) return;
-    Queries<C> queries(args, plan, padded_rows, blockIdx.x);
+    const Queries<C> queries(args, plan, padded_rows, blockIdx.x);
     if (queries.rows <= 0) return;
-    queries.load(args.shape.scale);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int64_t place = (queries.token + queries.row(r)) * args.shape.heads + queries.head;
@@ -88,7 +83,7 @@ __device__ float sum_over_row(float x) {
 
 // parts (CTAs, C): terms of the weight's gradient.
 template <int C>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 3)
     finish_through_norm_kernel(const AttentionBackward args, int padded_rows, const NormRotate norm, const Packed dx,
                                float* parts) {
     constexpr int kPairs = C / 64;  // of a row, each 8 channels and their partners
@@ -96,30 +91,22 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int lane = threadIdx.x % 4;
     Pairs grad[kPairs] = {};
     for (int number = blockIdx.x; number < plan.num_query_items() * Queries<C>::kOfItem; number += gridDim.x) {
-        Queries<C> queries(args, plan, padded_rows, number);
+        const Queries<C> queries(args, plan, padded_rows, number);
         if (queries.rows <= 0) continue;
-        uint4 before[2][2 * kPairs];  // what the norm was given, on its way beside the sums
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const bf16* from = head_of(norm.x, queries.token + queries.valid_row(r), queries.head) + kEach * lane;
-#pragma unroll
-            for (int g = 0; g < 2 * kPairs; ++g) before[r][g] = *reinterpret_cast<const uint4*>(from + 32 * g);
-        }
-        queries.load(args.shape.scale);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const bool is_valid = queries.row(r) < queries.rows;
-            const int64_t token = queries.token + queries.valid_row(r);
+            const int64_t token = queries.token + min(queries.row(r), queries.rows - 1);
+            const bf16* from = head_of(norm.x, token, queries.head) + kEach * lane;
             Pairs x[kPairs], d[kPairs];
             float squares = 0.0f, product = 0.0f;
 #pragma unroll
             for (int i = 0; i < kPairs; ++i) {
-                unpack8(x[i].a, before[r][i]);
-                unpack8(x[i].b, before[r][i + kPairs]);
+                x[i] = load_pairs(from + 32 * i, C / 2);
                 squares += sum_of_squares(x[i]);
                 const uint4 a = queries.channels(r, i), b = queries.channels(r, i + kPairs);
-                unpack8(d[i].a, a);
-                unpack8(d[i].b, b);
+                load8(d[i].a, reinterpret_cast<const bf16*>(&a));
+                load8(d[i].b, reinterpret_cast<const bf16*>(&b));
                 if (!is_valid) d[i] = {};
             }
             const float scale = rsqrtf(sum_over_row(squares) / C + norm.eps);
@@ -187,7 +174,7 @@ void attention_finish_sm90(const AttentionBackward& args, int device, cudaStream
     });
 }
 
-int attention_finish_num_parts(int device) { return 2 * num_processors(device); }
+int attention_finish_num_parts(int device) { return 3 * num_processors(device); }
 
 void attention_finish_through_norm_sm90(const AttentionBackward& args, const NormRotate& norm, const Packed& dx,
                                         void* weight_grad, float* parts, int num_parts, int device,

@@ -14,8 +14,7 @@ namespace minitrain {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kLanes = 8;   // threads of a row
-constexpr int kAtOnce = 4;  // rows of a thread, whose loads are under way together
+constexpr int kLanes = 8;  // threads of a row
 
 __device__ float dot(uint4 a, uint4 b) {  // of 8 bf16
     const __nv_bfloat162 *x = reinterpret_cast<__nv_bfloat162*>(&a), *y = reinterpret_cast<__nv_bfloat162*>(&b);
@@ -49,34 +48,26 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x < rows / kRowsOfTurn) args.turns[padded / kRowsOfTurn + threadIdx.x] = 0;
 
     const int lane = threadIdx.x % kLanes;
-    constexpr int kStep = kThreads / kLanes;
-    for (int first = threadIdx.x / kLanes; first < rows; first += kAtOnce * kStep) {
-        const auto valid = [&](int k) { return begin + first + k * kStep < doc.q_len; };
-        const auto token = [&](int k) { return doc.q_begin + min(begin + first + k * kStep, doc.q_len - 1); };
-        const auto vector = [&](const Packed& x, int k, int c) {
-            return reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(x.data) + token(k) * x.row_stride +
-                                                  head * x.head_stride)[c];
-        };
-        float delta[kAtOnce] = {};
-        for (int c = lane; c < C / 8; c += kLanes) {
-            uint4 out[kAtOnce], d_out[kAtOnce];
-#pragma unroll
-            for (int k = 0; k < kAtOnce; ++k) out[k] = vector(args.out, k, c), d_out[k] = vector(args.d_out, k, c);
-#pragma unroll
-            for (int k = 0; k < kAtOnce; ++k) delta[k] += dot(out[k], d_out[k]);
-        }
-#pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) {
+    for (int i = threadIdx.x / kLanes; i < rows; i += kThreads / kLanes) {
+        float lse = INFINITY, delta = 0.0f;  // of padding
+        if (begin + i < doc.q_len) {
+            const int64_t token = doc.q_begin + begin + i;
+            const auto vectors = [&](const Packed& x) {
+                return reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(x.data) + token * x.row_stride +
+                                                      head * x.head_stride);
+            };
+            const uint4 *out = vectors(args.out), *d_out = vectors(args.d_out);
+            for (int c = lane; c < C / 8; c += kLanes) delta += dot(out[c], d_out[c]);
+            const int64_t place = int64_t(head) * shape.num_queries + token;
+            lse = args.lse[place] * kLog2e;
+            if (lse == -INFINITY) lse = INFINITY;  // no key is visible: P is 0
             for (int step = 1; step < kLanes; step *= 2)
-                delta[k] += __shfl_xor_sync(0xffu << (threadIdx.x % 32 & ~7), delta[k], step);
-            const int i = first + k * kStep;
-            if (lane > 0 || i >= rows) continue;
-            const int64_t place = int64_t(head) * shape.num_queries + token(k);
-            const float lse = args.lse[place] * kLog2e;
-            const bool sees = valid(k) && lse != -INFINITY;  // else P is 0
-            args.rows[padded + i] = sees ? lse : INFINITY;
-            if (args.d_lse) delta[k] -= args.d_lse[place];
-            args.rows[shape.heads * R + padded + i] = valid(k) ? delta[k] : 0.0f;
+                delta += __shfl_xor_sync(0xffu << (threadIdx.x % 32 & ~7), delta, step);
+            if (args.d_lse) delta -= args.d_lse[place];
+        }
+        if (lane == 0) {
+            args.rows[padded + i] = lse;
+            args.rows[shape.heads * R + padded + i] = delta;
         }
     }
 }

@@ -20,7 +20,7 @@ CASES = {  # heads, key/value heads, channels: lengths of documents, rows outsid
     (8, 1, 128): ([128, 257, 5], 3),
     (6, 2, 64): ([500], 100),
     (16, 8, 128): ([1000, 24], 0),
-    (1, 1, 128): ([2], 0),
+    (2, 1, 128): ([70, 1], 0),
 }
 
 
