@@ -190,8 +190,8 @@ def _kept_by_block(cfg: Config, recompute: str) -> int:
     if recompute == "block":
         return stream + T * q
     if recompute == "none":  # the residual stream and its norm, twice; q and k before and after RoPE; SwiGLU's
-        products = 2 if _has_swiglu_kernels(cfg) else 3
-        return 2 * stream + T * (2 * D + 3 * q + kv + products * inner + 2 * experts * D) + 2 * _keys(cfg) * kv
+        products, keys = 2 if _has_swiglu_kernels(cfg) else 3, 1 if _has_qkv_kernels(cfg) else 2
+        return 2 * stream + T * (2 * D + 3 * q + kv + products * inner + 2 * experts * D) + keys * _keys(cfg) * kv
     products = T * (2 * q + 2 * kv + D + 2 * inner + experts * D)  # results of matrix products, and of attention
     products += T * D if tp > 1 and not experts else 0  # of the last one, before ranks add theirs up
     products += T * experts * D if cfg.parallel.ep > 1 else 0  # rows that came for the experts
@@ -201,8 +201,18 @@ def _kept_by_block(cfg: Config, recompute: str) -> int:
 def _has_swiglu_kernels(cfg: Config) -> bool:
     """They make silu(gate) * up again."""
     D, _, _, inner, experts = _widths(cfg)
-    fit = cfg.train.dtype != "float32" and D % 64 == inner % 64 == 0
-    return fit and not experts and cfg.parallel.pp_schedule != "zb-h1"  # its Linears put gradients aside
+    return _has_plain_linears(cfg) and not experts and D % 64 == inner % 64 == 0
+
+
+def _has_qkv_kernels(cfg: Config) -> bool:
+    """They norm and turn keys again."""
+    is_ours = cfg.train.attention == "auto" and cfg.parallel.cp == 1 and cfg.model.head_dim in (64, 128)
+    return _has_plain_linears(cfg) and is_ours and cfg.model.type.startswith("qwen3")  # those with a norm of heads
+
+
+def _has_plain_linears(cfg: Config) -> bool:
+    """In bf16, and not those of zb-h1, which put gradients aside."""
+    return cfg.train.dtype != "float32" and cfg.parallel.pp_schedule != "zb-h1"
 
 
 def _loss_bytes(head: Tensor, T: int, width: int) -> int:
