@@ -59,7 +59,7 @@ struct AttentionBackward {
     int* turns;          // (H, R / 64)
     bool deterministic;  // dq is summed in a fixed order; else in any
     // Where groups are split into parts, null else.
-    float* dkv_sum;  // (2, S, K, C)
+    float* dkv_sum;  // (2, K, attention_padded_keys, C)
     int* dkv_turns;  // (K, S), zeros
 };
 
@@ -86,6 +86,7 @@ void attention_forward_sm90(const AttentionForward& args, int device, cudaStream
 void attention_forward_sm80(const AttentionForward& args, int device, cudaStream_t stream);
 
 int64_t attention_padded_rows(const AttentionShape& shape);
+int64_t attention_padded_keys(const AttentionShape& shape);
 void attention_backward_sm90(const AttentionBackward& args, int device, cudaStream_t stream);
 void attention_backward_sm80(const AttentionBackward& args, int device, cudaStream_t stream);
 

@@ -56,6 +56,7 @@ struct Arguments {
     Packed dk, dv;
     float* dkv_sum;
     int* dkv_turns;
+    int padded_keys;
 };
 
 // Where a block of queries lies in the workspaces.
@@ -442,22 +443,19 @@ struct Consumer {
         int* turn = args.dkv_turns + tile.kv_head * args.shape.num_keys + tile.doc.k_begin + first;
         while (of_warp(read_turn(turn)) != part) continue;  // the part before has added
         const bool is_last = part == Plan::parts(args.shape, hopper_tiles(C)) - 1;
-        const int64_t from_dk_to_dv = int64_t(args.shape.num_keys) * args.shape.kv_heads * C;
+        // In the order of the accumulators' registers, as dQ.
+        const int padded = (tile.doc.k_begin / kKeys + tile.document) * kKeys + tile.first_key + warpgroup * 64;
+        const int64_t begin = int64_t(tile.kv_head) * args.padded_keys + padded;
+        float4* sum = reinterpret_cast<float4*>(args.dkv_sum + begin * C) + thread;
+        const int64_t from_dk_to_dv = int64_t(args.shape.kv_heads) * args.padded_keys * (C / 4);
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const int row = first + lane / 4 + 8 * r;
-            const int64_t place = int64_t(tile.doc.k_begin + row) * args.shape.kv_heads + tile.kv_head;
-            float* sum = args.dkv_sum + place * C + lane % 4 * 2;
-#pragma unroll
-            for (int i = 0; i < C / 8; ++i) {
-                const int pair = 4 * i + 2 * r;
-                if (is_last) {
-                    add_sum(dk[pair], dk[pair + 1], sum + 8 * i, row < k_len);
-                    add_sum(dv[pair], dv[pair + 1], sum + 8 * i + from_dk_to_dv, row < k_len);
-                } else {
-                    write_sum(sum + 8 * i, dk[pair], dk[pair + 1], part == 0, row < k_len);
-                    write_sum(sum + 8 * i + from_dk_to_dv, dv[pair], dv[pair + 1], part == 0, row < k_len);
-                }
+        for (int j = 0; j < C / 8; ++j) {
+            if (is_last) {
+                add_sum(dk + 4 * j, sum + j * 128);
+                add_sum(dv + 4 * j, sum + j * 128 + from_dk_to_dv);
+            } else {
+                write_sum(sum + j * 128, dk + 4 * j, part == 0);
+                write_sum(sum + j * 128 + from_dk_to_dv, dv + 4 * j, part == 0);
             }
         }
         __syncwarp();
@@ -542,7 +540,8 @@ void launch(const AttentionBackward& args, int device, cudaStream_t stream) {
                                  args.dk,
                                  args.dv,
                                  args.dkv_sum,
-                                 args.dkv_turns};
+                                 args.dkv_turns,
+                                 static_cast<int>(attention_padded_keys(shape))};
     static_assert(hopper_tiles(C).keys == kKeys, "the plan's tiles are this kernel's");
     constexpr int kBytes = sizeof(Shared<C>);
     check(cudaFuncSetAttribute(backward_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),

@@ -209,4 +209,9 @@ int64_t attention_padded_rows(const AttentionShape& shape) {
     return (shape.num_queries + block - 1) / block * block + (shape.num_documents + 1) * block;
 }
 
+int64_t attention_padded_keys(const AttentionShape& shape) {
+    const int64_t tile = hopper_tiles(shape.head_dim).keys;
+    return (shape.num_keys + tile - 1) / tile * tile + (shape.num_documents + 1) * tile;
+}
+
 }  // namespace minitrain

@@ -143,6 +143,7 @@ PYBIND11_MODULE(kernels, m) {
         py::arg("shape"), py::arg("plan"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
         py::arg("hopper"), py::arg("device"), py::arg("stream"));
     m.def("attention_padded_rows", &minitrain::attention_padded_rows);
+    m.def("attention_padded_keys", &minitrain::attention_padded_keys);
     m.def(
         "attention_backward",
         [](const AttentionShape& shape, uintptr_t plan, Packed q, Packed k, Packed v, Packed out, Packed d_out,

@@ -136,19 +136,19 @@ MINITRAIN_DEVICE void write_sum(float* to, const float* from, uint32_t bytes, bo
     }
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
-// to[0 .. 1] = x, y if they are the first, else += x, y, in global memory, if valid.
-MINITRAIN_DEVICE void write_sum(float* to, float x, float y, bool is_first, bool valid) {
+// Four accumulators x: *to = x if it is the first, else += x, in global memory.
+MINITRAIN_DEVICE void write_sum(float4* to, const float* x, bool is_first) {
     asm volatile(
-        "{.reg .pred store, add; setp.ne.b32 store, %3, 0; setp.ne.b32 add, %4, 0;\n"
-        "@store st.global.v2.f32 [%0], {%1, %2};\n"
-        "@add red.global.add.v2.f32 [%0], {%1, %2};}" ::"l"(to),
-        "f"(x), "f"(y), "r"(int(is_first && valid)), "r"(int(!is_first && valid))
+        "{.reg .pred first; setp.ne.b32 first, %5, 0;\n"
+        "@first st.global.v4.f32 [%0], {%1, %2, %3, %4};\n"
+        "@!first red.global.add.v4.f32 [%0], {%1, %2, %3, %4};}" ::"l"(to),
+        "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]), "r"(int(is_first))
         : "memory");
 }
-// x, y += from[0 .. 1], which others wrote with it, if valid.
-MINITRAIN_DEVICE void add_sum(float& x, float& y, const float* from, bool valid) {
-    const float2 sum = valid ? __ldcg(reinterpret_cast<const float2*>(from)) : float2{};
-    x += sum.x, y += sum.y;
+// x += what others wrote with it.
+MINITRAIN_DEVICE void add_sum(float* x, const float4* from) {
+    const float4 sum = __ldcg(from);
+    x[0] += sum.x, x[1] += sum.y, x[2] += sum.z, x[3] += sum.w;
 }
 // Rows of a tile that belong to no row of the document become 0: their probabilities are 0, but 0 * NaN is not. Each
 // warpgroup that reads the tile calls this: it writes all of these rows, and waits at its barrier for itself alone.

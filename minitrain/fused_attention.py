@@ -227,7 +227,7 @@ def run_backward(d_out_THC, d_lse_HT, saved, shape, grads, deterministic, hopper
     turns, tiles = cu_q.new_empty(H, R // 64), _tiles(C, hopper)
     plan = make_plan(cu_q, cu_k, shape, tiles)
     is_split = kernels.attention_parts(shape, tiles) > 1  # then dk and dv are sums of several parts
-    dkv_sum = lse.new_empty(2, *k.shape) if is_split else None
+    dkv_sum = lse.new_empty(2, k.shape[1], kernels.attention_padded_keys(shape), C) if is_split else None
     dkv_turns = cu_q.new_zeros(k.shape[1], len(k)) if is_split else None
     kernels.attention_backward(
         shape=shape,
