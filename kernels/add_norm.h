@@ -18,8 +18,8 @@ struct AddNorm {
 void add_norm(const AddNorm& args, const void* x, const void* delta, void* sum, void* out, int device,
               cudaStream_t stream);
 
-// dx (T, D): d_sum plus the norm's gradient, d_sum null: that alone; weight_grad (D,); bf16. parts (num_parts, D) fp32:
-// memory for the terms of the weight's gradient.
+// dx (T, D): d_sum plus the norm's gradient; weight_grad (D,); bf16. parts (num_parts, D) fp32: memory for the terms of
+// the weight's gradient.
 int add_norm_num_parts(int device);
 void add_norm_backward(const AddNorm& args, const void* d_out, const void* d_sum, const void* sum, void* dx,
                        void* weight_grad, float* parts, int num_parts, int device, cudaStream_t stream);

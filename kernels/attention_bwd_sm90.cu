@@ -8,10 +8,11 @@
 //                                each: half the channels of 64 queries, or with 64 channels half of 128 queries
 //
 // dK and dV stay in registers over all queries and these heads. A group of more heads is in parts, tiles of their own,
-// which add to dK and dV in global memory, one after the other: the same bits in every run. dQ is summed over key tiles
-// in fp32 in global memory, by the copy engine, in the order of the accumulator's registers; attention_finish_sm90.cu
-// puts it into rows. These sums are what L2 is told to keep, everything else is read once or soon again. Before all this
-// attention_prepare makes D and scales lse. Equations: Dao et al. 2022, arXiv:2205.14135.
+// which add to sums in global memory, one after the other: the same bits in every run; the last one rounds them. dQ is
+// summed over key tiles in fp32 in global memory, by the copy engine. All these sums are in the order of the
+// accumulators' registers; attention_finish_sm90.cu puts dQ into rows. They are what L2 is told to keep, everything else
+// is read once or soon again. Before all this attention_prepare makes D and scales lse. Equations: Dao et al. 2022,
+// arXiv:2205.14135.
 
 #include "attention.cuh"
 #include "sm90.cuh"
@@ -442,6 +443,7 @@ struct Consumer {
         if (first >= k_len) return false;
         int* turn = args.dkv_turns + tile.kv_head * args.shape.num_keys + tile.doc.k_begin + first;
         while (of_warp(read_turn(turn)) != part) continue;  // the part before has added
+        __syncwarp();                                       // what the first lane has seen, all have
         const bool is_last = part == Plan::parts(args.shape, hopper_tiles(C)) - 1;
         // In the order of the accumulators' registers, as dQ.
         const int padded = (tile.doc.k_begin / kKeys + tile.document) * kKeys + tile.first_key + warpgroup * 64;

@@ -262,6 +262,7 @@ PYBIND11_MODULE(kernels, m) {
         py::arg("norm"), py::kw_only(), py::arg("shape"), py::arg("plan"), py::arg("dq_sum"), py::arg("turns"),
         py::arg("dx"), py::arg("weight_grad"), py::arg("parts"), py::arg("num_parts"), py::arg("device"),
         py::arg("stream"));
+#endif
 
     // Residual add and RMSNorm over the hidden width: kernels/add_norm.h.
     using minitrain::AddNorm;
@@ -292,6 +293,7 @@ PYBIND11_MODULE(kernels, m) {
         py::arg("weight_grad"), py::arg("parts"), py::arg("num_parts"), py::arg("device"), py::arg("stream"));
 
     // kernels/swiglu.h.
+#if MINITRAIN_SM90
     using minitrain::SwiGLU;
     py::class_<SwiGLU>(m, "SwiGLU")
         .def(py::init([](int tokens, int hidden, int inner) { return SwiGLU{tokens, hidden, inner}; }), py::kw_only(),

@@ -50,7 +50,7 @@ class _AddNorm(torch.autograd.Function):
 def add_norm_fwd(x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """-> sum (T, D), without delta (0,), and out (T, D)."""
     _check(weight_D, x=x_TD, delta=delta_TD)
-    x_TD, delta_TD, weight_D = map(_aligned, (x_TD, delta_TD, weight_D))
+    x_TD, weight_D, delta_TD = aligned(x_TD), aligned(weight_D), None if delta_TD is None else aligned(delta_TD)
     sum_TD, out_TD = x_TD.new_empty(0 if delta_TD is None else x_TD.shape), torch.empty_like(x_TD)
     if len(x_TD):
         kernels.add_norm(
@@ -67,11 +67,11 @@ def add_norm_fwd(x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: f
 
 @torch.library.custom_op("minitrain::add_norm_bwd", mutates_args=(), device_types="cuda")
 def add_norm_bwd(
-    d_out_TD: Tensor, d_sum_TD: Tensor | None, sum_TD: Tensor, weight_D: Tensor, eps: float
+    d_out_TD: Tensor, d_sum_TD: Tensor, sum_TD: Tensor, weight_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """-> dx (T, D), of both gradients or of d_out alone, and d_weight (D,)."""
+    """-> dx (T, D), of both gradients, and d_weight (D,)."""
     _check(weight_D, sum=sum_TD, d_out=d_out_TD, d_sum=d_sum_TD)
-    d_out_TD, d_sum_TD, sum_TD, weight_D = map(_aligned, (d_out_TD, d_sum_TD, sum_TD, weight_D))
+    d_out_TD, d_sum_TD, sum_TD, weight_D = map(aligned, (d_out_TD, d_sum_TD, sum_TD, weight_D))
     dx_TD, d_weight_D = torch.empty_like(sum_TD), torch.empty_like(weight_D)
     if not len(sum_TD):
         return dx_TD, d_weight_D.zero_()
@@ -80,7 +80,7 @@ def add_norm_bwd(
     kernels.add_norm_backward(
         _arguments(sum_TD, weight_D, eps),
         d_out=d_out_TD.data_ptr(),
-        d_sum=address(d_sum_TD),
+        d_sum=d_sum_TD.data_ptr(),
         sum=sum_TD.data_ptr(),
         dx=dx_TD.data_ptr(),
         weight_grad=d_weight_D.data_ptr(),
@@ -94,10 +94,6 @@ def add_norm_bwd(
 
 def _has_rows(x):
     return x.ndim == 2 and x.shape[1] % 8 == 0 and 0 < x.shape[1] <= _MOST_CHANNELS
-
-
-def _aligned(x):
-    return None if x is None else aligned(x)
 
 
 def _check(weight_D, **rows):

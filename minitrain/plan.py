@@ -206,8 +206,9 @@ def _has_swiglu_kernels(cfg: Config) -> bool:
 
 def _has_qkv_kernels(cfg: Config) -> bool:
     """They norm and turn keys again."""
-    is_ours = cfg.train.attention == "auto" and cfg.parallel.cp == 1 and cfg.model.head_dim in (64, 128)
-    return _has_plain_linears(cfg) and is_ours and cfg.model.type.startswith("qwen3")  # those with a norm of heads
+    is_ours = cfg.train.attention in ("auto", "native") and cfg.parallel.cp == 1 and cfg.model.head_dim in (64, 128)
+    has_norms = cfg.model.type.startswith("qwen3") and not cfg.model.attention_bias  # of heads, and no biases
+    return _has_plain_linears(cfg) and is_ours and has_norms
 
 
 def _has_plain_linears(cfg: Config) -> bool:

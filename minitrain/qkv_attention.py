@@ -3,8 +3,8 @@
     x (T, D) --one product--> qkv (T, H + 2 K, C) --norm_rotate--> q, k --attention--> out (T, H, C)
     d_out -----attention's backward, whose last step goes on through rotation and norm-----> d_qkv --one product--> dx
 
-Three projections in one product read x once. In backward the gradient of queries goes from its sum in fp32 to its place
-in d_qkv in one pass: it is not rounded, turned back and joined in three. Dimensions as in fused_attention.py.
+Three projections in one product read x once. In backward the gradient of queries goes from its sum in fp32 through
+rotation and norm to its place in d_qkv in one pass for three. Dimensions as in fused_attention.py.
 """
 
 import torch

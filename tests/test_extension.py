@@ -1,5 +1,8 @@
 """On which GPUs our kernels run, asked without one."""
 
+import inspect
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -60,3 +63,11 @@ def test_adamw_takes_no_parameter_of_other_strides_than_its_gradient(gpu):
         p.rounded = torch.empty(3, 4, device="cuda", dtype=torch.bfloat16).T
         assert not multi_tensor.can_step([p])
         assert not multi_tensor.can_step([torch.empty(3, 4, device="cuda").T])
+
+
+def test_what_modules_for_any_gpu_call_is_bound_without_the_kernels_for_hopper():
+    root = Path(__file__).parents[1]
+    bound = re.sub(r"#if MINITRAIN_SM90.*?#endif", "", (root / "kernels/bindings.cpp").read_text(), flags=re.DOTALL)
+    for module in (add_norm, fused_attention, multi_tensor, norm_rotate, routed_rows):
+        called = re.findall(r"\bkernels\.(\w+)", inspect.getsource(module))
+        assert called and not [name for name in called if f'"{name}"' not in bound], module.__name__

@@ -123,7 +123,7 @@ def test_without_kernels_a_block_keeps_also_a_third_of_swiglus_tensors_and_keys(
 
     third, keys = (28 * 2 * 32_768 * width for width in (3072, 8 * 128))
     assert kept("--train.dtype=float32") == 2 * (kept() + third + keys)
-    assert kept("--train.attention=native") == kept() + keys
+    assert kept("--train.attention=sdpa") == kept() + keys
     odd = kept("--model.intermediate_size=3080")  # no multiple of 64
     assert odd == pytest.approx(kept() + third, rel=0.01)
 

@@ -51,15 +51,16 @@ def build_model(cfg, device: torch.device | str = "meta") -> nn.Module:
 def materialize(model: nn.Module, device: torch.device | str, dtype: torch.dtype, with_memory: bool = True) -> None:
     """Replace what is on meta by uninitialised parameters on `device`, counters by zeros; ties stay ties.
 
+    Parameters of siblings, such as q_proj, k_proj and v_proj, lie end to end in one storage (joined.py).
     with_memory False: the parameters have their shapes, and storages of no bytes (for ZeRO 3, which cuts them first).
     UserError for any other buffer on meta, whose values nobody knows.
     """
     of_meta = [(name, p) for name, p in model.named_parameters() if p.is_meta]
     made = {}
-    for _, block in itertools.groupby(of_meta, key=lambda of: of[0].split(".")[:2]):
-        params = [p for _, p in block]
+    for _, siblings in itertools.groupby(of_meta, key=lambda of: of[0].rsplit(".", 2)[0]):
+        params = [p for _, p in siblings]
         for p, memory in zip(params, _side_by_side(params, device, dtype, with_memory), strict=True):
-            made[p] = nn.Parameter(memory, p.requires_grad)
+            made[p] = nn.Parameter(memory.data, p.requires_grad)  # .data: each counts its own writes
             made[p].__dict__.update(vars(p))  # what parallelize wrote on it
     for module in model.modules():
         for name, p in module._parameters.items():
@@ -73,7 +74,7 @@ def materialize(model: nn.Module, device: torch.device | str, dtype: torch.dtype
 
 
 def _side_by_side(params, device, dtype, with_memory) -> list[torch.Tensor]:
-    """Memory for each, one after the other in one tensor, so that joined.py finds one matrix in several."""
+    """Memory for each in one tensor, one after the other: without gaps where numels are multiples of _ALIGN."""
     if not with_memory:
         memory = [torch.empty_like(p, device=device, dtype=dtype) for p in params]
         for x in memory:
@@ -84,7 +85,7 @@ def _side_by_side(params, device, dtype, with_memory) -> list[torch.Tensor]:
     return [x[: p.numel()].view(p.shape) for p, x in zip(params, flat.split(sizes), strict=True)]
 
 
-_ALIGN = 64  # elements, of where each begins
+_ALIGN = 64  # elements, as in parallel/ddp.py
 _OWN_VALUES = "build the model on a device, give it its first weights yourself, and pass it to train()"
 
 

@@ -113,17 +113,17 @@ def rotate(x_THC: Tensor, cos_TC2: Tensor, sin_TC2: Tensor) -> Tensor:
 
 
 def norm_rotate(x_THC: Tensor, norm: nn.Module, cos_TC2: Tensor, sin_TC2: Tensor) -> Tensor:
-    """rotate(norm(x)): as one kernel each way where `norm` is an RMSNorm and the kernel can run."""
+    """rotate(norm(x)): as one kernel each way where `norm` is a plain RMSNorm and the kernel can run."""
     from minitrain.norm_rotate import can_run, norm_rotate  # on use only: who reads the models need not read it
 
-    if isinstance(norm, nn.RMSNorm) and can_run(x_THC, norm.weight):
+    if _is_plain(norm) and norm.eps is not None and can_run(x_THC, norm.weight):
         return norm_rotate(x_THC, norm.weight, cos_TC2, sin_TC2, norm.eps)
     return rotate(norm(x_THC), cos_TC2, sin_TC2)
 
 
 def add_norm(x_TD: Tensor, delta_TD: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """x + delta, and its norm, x and its norm if delta is None: as one kernel each way where `norm` is a plain RMSNorm
-    and the kernel can run."""
+    and the kernel can run. NOTE: not to be written to in place, for it may be a view of x."""
     from minitrain.add_norm import add_norm, can_run  # on use only
 
     if _is_plain(norm) and norm.eps is not None and can_run(x_TD, norm.weight, delta_TD):
@@ -220,7 +220,9 @@ class Attention(nn.Module):
 
         modules = self.q_proj, self.k_proj, self.v_proj, self.q_norm, self.k_norm
         is_as_made = self.attention is attention and self.norm_rotate is norm_rotate and all(map(_is_plain, modules))
-        return is_as_made and can_run(x_TD, self.head_dim, *(module.weight for module in modules))
+        if not is_as_made or self.q_norm.eps is None or self.q_norm.eps != self.k_norm.eps:
+            return False
+        return can_run(x_TD, self.head_dim, *(module.weight for module in modules))
 
 
 class SwiGLU(nn.Module):

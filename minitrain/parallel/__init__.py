@@ -78,6 +78,6 @@ def _use_attention(model, mesh, cfg):
             choose(cfg.attention, mesh.device.type, compute_dtype(mesh, cfg), model.config.head_dim)
         except ValueError as error:
             raise UserError(f"train.attention: {error}") from None
+    is_default = cfg.attention in ("auto", "native")  # which takes our kernels if they can run
     for module in ours:
-        is_auto = cfg.attention == "auto"
-        module.attention = attention if is_auto else functools.partial(attention, backend=cfg.attention)
+        module.attention = attention if is_default else functools.partial(attention, backend=cfg.attention)
