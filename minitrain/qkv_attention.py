@@ -64,8 +64,9 @@ class _QKVAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_out_THC):
-        x_TD, *weights = ctx.saved_tensors[:4]
-        d_qkv_TNC, *d_norms = qkv_attention_bwd(d_out_THC, *ctx.saved_tensors[4:], *ctx.options)
+        x_TD, *saved = ctx.saved_tensors  # read once: a checkpoint makes them again for that
+        weights, saved = saved[:3], saved[3:]
+        d_qkv_TNC, *d_norms = qkv_attention_bwd(d_out_THC, *saved, *ctx.options)
         d_qkv = d_qkv_TNC.flatten(1)
         needs_x, *needs_weights = ctx.needs_input_grad[:4]
         dx_TD = joined_linear_dx(d_qkv, weights) if needs_x else None

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from minitrain import Batch, Qwen3Config
 from minitrain import qkv_attention as fused
@@ -172,9 +173,9 @@ def test_a_layer_uses_it_as_it_was_made_and_not_with_anything_changed(hopper, mo
     assert not calls
 
 
-@pytest.mark.parametrize("frozen", [None, 0, 2, 4])
-def test_what_is_made_of_the_kernels_results_are_the_gradients(monkeypatch, frozen):
-    """In float64 on a CPU, with torch's operations for the kernels."""
+@pytest.mark.parametrize("frozen, again", [(None, False), (0, False), (2, False), (4, False), (None, True)])
+def test_what_is_made_of_the_kernels_results_are_the_gradients(monkeypatch, frozen, again):
+    """In float64 on a CPU, with torch's operations for the kernels. again: its forward is run again in backward."""
     x, weights, norms, cos, sin, cu, d_out = make((4, 2, 8), [5, 3], D=16, device="cpu")
     cos, sin, d_out = cos.double(), sin.double(), d_out.double()
 
@@ -197,10 +198,11 @@ def test_what_is_made_of_the_kernels_results_are_the_gradients(monkeypatch, froz
     for name, stand_in in {"attention_fwd": attend, "qkv_attention_bwd": backward, "kernels": Kernels}.items():
         monkeypatch.setattr(fused, name, stand_in)
     monkeypatch.setattr(fused.heads, "norm_rotate", turned)
+    fast = functools.partial(checkpoint, fused.qkv_attention, use_reentrant=False) if again else fused.qkv_attention
     leaves = [t.double().requires_grad_(i != frozen) for i, t in enumerate((x, *weights, *norms))]
     expected, got = (
         torch.autograd.grad(f(leaves[0], leaves[1:4], leaves[4:], EPS, cos, sin, cu, cu), wanted, d_out)
-        for f, wanted in ((f, [t for t in leaves if t.requires_grad]) for f in (in_steps, fused.qkv_attention))
+        for f, wanted in ((f, [t for t in leaves if t.requires_grad]) for f in (in_steps, fast))
     )
     torch.testing.assert_close(got, expected)
 
