@@ -119,4 +119,7 @@ constexpr int kRowsOfTurn = 64;  // of the workspaces, for which there is a numb
 void attention_prepare(const AttentionBackward& args, AttentionTiles tile, bool clear_dq_sum, int device,
                        cudaStream_t stream);
 
+// Last step of a Hopper backward: from args.dq_sum to args.dq.
+void attention_finish_sm90(const AttentionBackward& args, int device, cudaStream_t stream);
+
 }  // namespace minitrain

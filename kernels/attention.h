@@ -51,8 +51,8 @@ struct AttentionBackward {
     Packed q, k, v, out, d_out;
     const float* lse;    // (H, T)
     const float* d_lse;  // (H, T), or null for zeros
-    void* dq;            // (T, H, C) bf16; on Hopper also null: it is left as its sum, for another finish (below)
-    Packed dk, dv;       // (S, K, C); rows outside of all documents become 0, as of dq
+    void* dq;       // (T, H, C) bf16; on Hopper also null: it is left as its sum, for another last step (norm_rotate.h)
+    Packed dk, dv;  // (S, K, C); rows outside of all documents become 0, as of dq
     // Workspaces, uninitialised; R = attention_padded_rows.
     float* rows;         // (2, H, R)
     float* dq_sum;       // (H, R, C)
@@ -89,8 +89,5 @@ int64_t attention_padded_rows(const AttentionShape& shape);
 int64_t attention_padded_keys(const AttentionShape& shape);
 void attention_backward_sm90(const AttentionBackward& args, int device, cudaStream_t stream);
 void attention_backward_sm80(const AttentionBackward& args, int device, cudaStream_t stream);
-
-// The last step of a Hopper backward, from dq_sum to dq.
-void attention_finish_sm90(const AttentionBackward& args, int device, cudaStream_t stream);
 
 }  // namespace minitrain

@@ -565,16 +565,7 @@ void launch(const AttentionBackward& args, int device, cudaStream_t stream) {
 void attention_backward_sm90(const AttentionBackward& args, int device, cudaStream_t stream) {
     const OnDevice guard(device);
     attention_prepare(args, hopper_tiles(args.shape.head_dim), false, device, stream);
-    switch (args.shape.head_dim) {
-        case 64:
-            launch<64>(args, device, stream);
-            break;
-        case 128:
-            launch<128>(args, device, stream);
-            break;
-        default:
-            throw std::invalid_argument("head_dim=" + std::to_string(args.shape.head_dim) + " is not in 64, 128");
-    }
+    for_head_dim<64, 128>(args.shape.head_dim, [&](auto C) { launch<C>(args, device, stream); });
     if (args.dq) attention_finish_sm90(args, device, stream);
 }
 

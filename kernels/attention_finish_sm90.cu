@@ -128,37 +128,13 @@ __global__ void __launch_bounds__(kThreads, 3)
             __syncwarp();  // registers for one row at a time
         }
     }
-    // The weight's gradient: over the rows of a warp, then over the warps.
-    __shared__ float of_warp[kThreads / 32][C];
-#pragma unroll
-    for (int i = 0; i < kPairs * 2 * kEach; ++i) {
-        const int pair = i / (2 * kEach), half = i / kEach % 2, channel = i % kEach;
-        float x = half ? grad[pair].b[channel] : grad[pair].a[channel];
-        for (int step = 4; step < 32; step *= 2) x += __shfl_xor_sync(~0u, x, step);
-        if (threadIdx.x % 32 < 4) of_warp[threadIdx.x / 32][half * C / 2 + 32 * pair + kEach * lane + channel] = x;
-    }
-    __syncthreads();
-    if (threadIdx.x < C) {
-        float sum = 0.0f;
-        for (int w = 0; w < kThreads / 32; ++w) sum += of_warp[w][threadIdx.x];
-        parts[blockIdx.x * C + threadIdx.x] = sum;
-    }
+    store_part<C, kThreads / 32>(grad, parts);
 }
 
-// call(std::integral_constant<int, C>) for the C that args has.
-template <typename Call>
-void for_head_dim(const AttentionBackward& args, Call call) {
+template <typename Launch>
+void launch(const AttentionBackward& args, Launch launch) {
     const AttentionShape& shape = args.shape;
-    switch (shape.head_dim) {
-        case 64:
-            call(std::integral_constant<int, 64>{});
-            break;
-        case 128:
-            call(std::integral_constant<int, 128>{});
-            break;
-        default:
-            throw std::invalid_argument("head_dim=" + std::to_string(shape.head_dim) + " is not in 64, 128");
-    }
+    for_head_dim<64, 128>(shape.head_dim, launch);
     check(cudaGetLastError(), "attention_finish_sm90",
           {{"queries", shape.num_queries}, {"heads", shape.heads}, {"head_dim", shape.head_dim}});
 }
@@ -168,7 +144,7 @@ void for_head_dim(const AttentionBackward& args, Call call) {
 void attention_finish_sm90(const AttentionBackward& args, int device, cudaStream_t stream) {
     const OnDevice guard(device);
     const int padded_rows = static_cast<int>(attention_padded_rows(args.shape));
-    for_head_dim(args, [&](auto C) {
+    launch(args, [&](auto C) {
         const int grid = Plan::max_query_items(args.shape, hopper_tiles(C)) * Queries<C>::kOfItem;
         finish_kernel<C><<<grid, kThreads, 0, stream>>>(args, padded_rows);
     });
@@ -181,11 +157,10 @@ void attention_finish_through_norm_sm90(const AttentionBackward& args, const Nor
                                         cudaStream_t stream) {
     const OnDevice guard(device);
     const int padded_rows = static_cast<int>(attention_padded_rows(args.shape));
-    for_head_dim(args, [&](auto C) {
+    launch(args, [&](auto C) {
         finish_through_norm_kernel<C><<<num_parts, kThreads, 0, stream>>>(args, padded_rows, norm, dx, parts);
     });
     sum_parts(parts, num_parts, args.shape.head_dim, weight_grad, stream);
-    check(cudaGetLastError(), "sum_parts", {{"parts", num_parts}, {"channels", args.shape.head_dim}});
 }
 
 }  // namespace minitrain

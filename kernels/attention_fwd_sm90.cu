@@ -380,16 +380,14 @@ void launch(const AttentionForward& args, int device, cudaStream_t stream) {
 
 void attention_forward_sm90(const AttentionForward& args, int device, cudaStream_t stream) {
     const OnDevice guard(device);
-    switch (args.shape.head_dim) {
-        case 64:
-            return launch<64, 128>(args, device, stream);
-        case 128:
-            // A larger block, with fewer turns for the same work, where it does not make a mask's edge wider.
-            return args.shape.look_ahead > 0 ? launch<128, 192>(args, device, stream)
-                                             : launch<128, 128>(args, device, stream);
-        default:
-            throw std::invalid_argument("head_dim=" + std::to_string(args.shape.head_dim) + " is not in 64, 128");
-    }
+    for_head_dim<64, 128>(args.shape.head_dim, [&](auto C) {
+        // With 128 channels a larger block, with fewer turns for the same work, where it does not make a mask's edge
+        // wider.
+        if constexpr (C == 128) {
+            if (args.shape.look_ahead > 0) return launch<C, 192>(args, device, stream);
+        }
+        launch<C, 128>(args, device, stream);
+    });
 }
 
 }  // namespace minitrain

@@ -7,6 +7,7 @@
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 namespace minitrain {
@@ -45,6 +46,16 @@ public:
 private:
     int device_, former_ = 0;
 };
+
+// call(std::integral_constant<int, C>) for the head_dim C, which must be one of these.
+template <int... kHeadDims, typename Call>
+void for_head_dim(int head_dim, Call call) {
+    const auto call_if = [&](auto C) { return head_dim == C ? (call(C), true) : false; };
+    if ((call_if(std::integral_constant<int, kHeadDims>{}) || ...)) return;
+    std::string known;
+    ((known += (known.empty() ? "" : ", ") + std::to_string(kHeadDims)), ...);
+    throw std::invalid_argument("head_dim=" + std::to_string(head_dim) + " is not in " + known);
+}
 
 inline int num_processors(int device) {
     int count = 0;

@@ -4,9 +4,6 @@
 // A warp has a token, C / 16 of its lanes a head, and a lane 8 channels of the first half and their 8 partners of the
 // second: 16 bytes at each access, and no exchange for the rotation.
 
-#include <stdexcept>
-#include <string>
-
 #include "common.cuh"
 #include "norm_rotate.cuh"
 #include "sum_parts.cuh"
@@ -59,9 +56,9 @@ template <int C>
 __global__ void __launch_bounds__(kThreads, 2)
     backward_kernel(const NormRotate args, const Packed d_out, const Packed dx, float* parts) {
     constexpr int kLanes = C / 16, kHeads = 32 / kLanes;
-    const int lane = threadIdx.x % kLanes, channel = kEach * lane;
+    const int channel = kEach * (threadIdx.x % kLanes);
     const Pairs weight = load_pairs(static_cast<const bf16*>(args.weight) + channel, C / 2);
-    Pairs grad = {};  // of the weight
+    Pairs grad[1] = {};  // of the weight
     for (int64_t token = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; token < args.tokens;
          token += int64_t(gridDim.x) * kWarps) {
         const int64_t of_token = token * (C / 2) + channel;
@@ -73,49 +70,17 @@ __global__ void __launch_bounds__(kThreads, 2)
             Pairs d = load_pairs(head_of(d_out, token, valid_head) + channel, C / 2);
             if (head >= args.heads) d = {};
             const float scale = inverse_rms<C>(x, args.eps);
-            const float mean = sum_over_head<C>(turn_back(d, x, scale, weight, angles, grad)) / C;
+            const float mean = sum_over_head<C>(turn_back(d, x, scale, weight, angles, grad[0])) / C;
             norm_gradient(d, x, mean, scale);
             if (head < args.heads) store_pairs(head_of(dx, token, head) + channel, C / 2, d);
         }
     }
-    // The weight's gradient: over the heads of a warp, then over the warps.
-    __shared__ float of_warp[kWarps][C];
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-#pragma unroll
-        for (int step = kLanes; step < 32; step *= 2) {
-            grad.a[i] += __shfl_xor_sync(~0u, grad.a[i], step);
-            grad.b[i] += __shfl_xor_sync(~0u, grad.b[i], step);
-        }
-        if (threadIdx.x % 32 < kLanes) {
-            of_warp[threadIdx.x / 32][kEach * lane + i] = grad.a[i];
-            of_warp[threadIdx.x / 32][C / 2 + kEach * lane + i] = grad.b[i];
-        }
-    }
-    __syncthreads();
-    if (threadIdx.x < C) {
-        float sum = 0.0f;
-        for (int w = 0; w < kWarps; ++w) sum += of_warp[w][threadIdx.x];
-        parts[blockIdx.x * C + threadIdx.x] = sum;
-    }
+    store_part<C, kWarps>(grad, parts);
 }
 
-// call(std::integral_constant<int, C>) for the C that args has.
-template <typename Call>
-void for_head_dim(const NormRotate& args, const char* what, Call call) {
-    switch (args.head_dim) {
-        case 64:
-            call(std::integral_constant<int, 64>{});
-            break;
-        case 128:
-            call(std::integral_constant<int, 128>{});
-            break;
-        case 256:
-            call(std::integral_constant<int, 256>{});
-            break;
-        default:
-            throw std::invalid_argument("head_dim=" + std::to_string(args.head_dim) + " is not in 64, 128, 256");
-    }
+template <typename Launch>
+void launch(const NormRotate& args, const char* what, Launch launch) {
+    for_head_dim<64, 128, 256>(args.head_dim, launch);
     check(cudaGetLastError(), what, {{"tokens", args.tokens}, {"heads", args.heads}, {"head_dim", args.head_dim}});
 }
 
@@ -123,7 +88,7 @@ void for_head_dim(const NormRotate& args, const char* what, Call call) {
 
 void norm_rotate(const NormRotate& args, void* out, int device, cudaStream_t stream) {
     const OnDevice guard(device);
-    for_head_dim(args, "norm_rotate", [&](auto C) {
+    launch(args, "norm_rotate", [&](auto C) {
         forward_kernel<C><<<(args.tokens + kWarps - 1) / kWarps, kThreads, 0, stream>>>(args, static_cast<bf16*>(out));
     });
 }
@@ -133,8 +98,8 @@ int norm_rotate_num_parts(int device) { return 2 * num_processors(device); }
 void norm_rotate_backward(const NormRotate& args, const Packed& d_out, const Packed& dx, void* weight_grad,
                           float* parts, int num_parts, int device, cudaStream_t stream) {
     const OnDevice guard(device);
-    for_head_dim(args, "norm_rotate_backward",
-                 [&](auto C) { backward_kernel<C><<<num_parts, kThreads, 0, stream>>>(args, d_out, dx, parts); });
+    launch(args, "norm_rotate_backward",
+           [&](auto C) { backward_kernel<C><<<num_parts, kThreads, 0, stream>>>(args, d_out, dx, parts); });
     sum_parts(parts, num_parts, args.head_dim, weight_grad, stream);
 }
 

@@ -66,6 +66,38 @@ __device__ inline float turn_back(Pairs& d, Pairs& x, float scale, const Pairs& 
     return product;
 }
 
+// The weight's gradient of a CTA, from what its threads have of kPairs pairs each: over the heads of a warp, then over
+// the warps, to the CTA's row of parts (CTAs, C). Thread t of a head has channels kEach * (lanes * pair + t) and on.
+template <int C, int kWarps, int kPairs>
+__device__ void store_part(const Pairs (&grad)[kPairs], float* parts) {
+    constexpr int kLanes = C / 2 / kEach / kPairs;  // of a head
+    __shared__ float of_warp[kWarps][C];
+    const int lane = threadIdx.x % kLanes;
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+            float a = grad[pair].a[i], b = grad[pair].b[i];
+#pragma unroll
+            for (int step = kLanes; step < 32; step *= 2) {
+                a += __shfl_xor_sync(~0u, a, step);
+                b += __shfl_xor_sync(~0u, b, step);
+            }
+            if (threadIdx.x % 32 < kLanes) {
+                const int channel = kEach * (kLanes * pair + lane) + i;
+                of_warp[threadIdx.x / 32][channel] = a;
+                of_warp[threadIdx.x / 32][C / 2 + channel] = b;
+            }
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x < C) {
+        float sum = 0.0f;
+        for (int w = 0; w < kWarps; ++w) sum += of_warp[w][threadIdx.x];
+        parts[blockIdx.x * C + threadIdx.x] = sum;
+    }
+}
+
 // dx = (dn - n mean(dn n)) / rms, in place of dn.
 __device__ inline void norm_gradient(Pairs& d, const Pairs& n, float mean, float scale) {
 #pragma unroll

@@ -3,6 +3,8 @@
 
 #include <cuda_bf16.h>
 
+#include "common.cuh"
+
 namespace minitrain {
 
 // out (channels,): sums over parts (num_parts, channels). A CTA has 32 channels, a warp of it every 32nd part.
@@ -24,6 +26,7 @@ static __global__ void __launch_bounds__(1024)
 inline void sum_parts(const float* parts, int num_parts, int channels, void* out, cudaStream_t stream) {
     const int ctas = (channels + 31) / 32;
     sum_parts_kernel<<<ctas, 1024, 0, stream>>>(parts, num_parts, channels, static_cast<__nv_bfloat16*>(out));
+    check(cudaGetLastError(), "sum_parts", {{"parts", num_parts}, {"channels", channels}});
 }
 
 }  // namespace minitrain

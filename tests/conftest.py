@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -78,6 +79,37 @@ def compile_for_the_host(folder, sources, *options):
     done = subprocess.run(command, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(folder / "host.so"))
+
+
+def raise_errors(*functions):
+    """Of such a library, whose results are those of cuda_on_the_host.h's error_of: a text is an AssertionError."""
+
+    def check(error, *_):
+        assert error is None, error.decode()
+
+    for function in functions:
+        function.restype, function.errcheck = ctypes.c_char_p, check
+
+
+class Rooms:
+    """Memory for tensors, which begins as NaN (as int32: -1), and what lies around it is to stay so."""
+
+    def __init__(self):
+        self.around = []
+
+    def __call__(self, *shape, dtype=torch.bfloat16):
+        memory = torch.full((math.prod(shape) * dtype.itemsize + 8192,), 0xFF, dtype=torch.uint8)
+        self.around += memory[:4096], memory[-4096:]
+        return memory[4096:-4096].view(dtype).view(shape)
+
+    def assert_nothing_else_was_written(self):
+        assert all((memory == 0xFF).all() for memory in self.around), "written outside of the results"
+
+
+def fill_free_memory_with_nan():
+    """What the next calls on the GPU are given."""
+    blocks = [torch.full((1 << size,), torch.nan, device="cuda") for size in range(6, 26)]
+    del blocks
 
 
 def write_corpus(folder, documents, vocab_size=101, shards=1, trained=None):

@@ -15,6 +15,7 @@
 #include <functional>
 #include <memory>
 #include <stdexcept>
+#include <string>
 #include <typeinfo>
 #include <utility>
 #include <vector>
@@ -351,4 +352,15 @@ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
         for (int lane = 0; lane < 32; ++lane)
             for (int e = 0; e < 4; ++e) at(lane).d[e] += D[lane / 4 + e / 2 * 8][lane % 4 * 2 + e % 2];
     });
+}
+
+// What a test sees of a call: the text of the exception that it ends in, or null.
+template <typename Call>
+const char* error_of(Call call) {
+    static std::string error;
+    try {
+        return call(), nullptr;
+    } catch (const std::exception& e) {
+        return (error = e.what()).c_str();
+    }
 }

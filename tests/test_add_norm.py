@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import fill_free_memory_with_nan
 from torch import nn
 
 from minitrain import Batch, Qwen3Config, TrainConfig
@@ -64,10 +65,6 @@ def assert_as_good_as_bf16(ours, inputs, case=""):
         error, allowed = ((value.float() - expected).norm() for value in (got, bf16))
         limit = 1.02 * allowed + 2**-12 * expected.norm()
         assert error <= limit, f"{case}: {name} is off by {error}, bf16 by {allowed}"
-
-
-def fill_free_memory_with_nan():
-    del [torch.full((1 << size,), torch.nan, device="cuda") for size in range(6, 25)][:]
 
 
 @gpu

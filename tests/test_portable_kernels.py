@@ -7,13 +7,12 @@ and the rule for errors are those of test_fused_attention.py, which asks a GPU.
 
 import ctypes
 import re
-from ctypes import byref, c_bool, c_char_p, c_float, c_int, c_int64, c_void_p
-from math import prod
+from ctypes import byref, c_bool, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import compile_for_the_host
+from conftest import Rooms, compile_for_the_host, raise_errors
 from test_fused_attention import (
     Results,
     assert_as_good_as_bf16,
@@ -62,15 +61,6 @@ HARNESS = r"""
 using namespace minitrain;
 static_assert(sizeof(AttentionForward) == FORWARD_BYTES && sizeof(AttentionBackward) == BACKWARD_BYTES, "");
 AttentionTiles tiles(const AttentionShape& shape) { return attention_tiles(shape.head_dim, false); }
-template <typename Call>
-const char* error_of(Call call) {
-    static std::string error;
-    try {
-        return call(), nullptr;
-    } catch (const std::exception& e) {
-        return (error = e.what()).c_str();
-    }
-}
 extern "C" {
 void set_shared_bytes(int bytes) { shared_bytes = bytes; }
 int64_t plan_ints(const AttentionShape& shape) { return attention_plan_ints(shape, tiles(shape)); }
@@ -105,24 +95,14 @@ def host(tmp_path_factory):
     folder, sources = tmp_path_factory.mktemp("portable"), sources | {"harness.cpp": HARNESS}
     library = compile_for_the_host(folder, sources, "-fno-strict-aliasing", *sizes)
     library.plan_ints.restype = library.padded_rows.restype = c_int64
-    for call in (library.plan, library.forward, library.backward):
-        call.restype, call.errcheck = c_char_p, raise_error
+    raise_errors(library.plan, library.forward, library.backward)
     return library
-
-
-def raise_error(error, *_):
-    assert error is None, error.decode()
 
 
 def run(host, batch, d_lse=None, deterministic=False, causal=True, window=None):
     """Forward and backward. What they may write to begins as NaN (as int32: -1), and what lies around stays so."""
     (T, H, C), (S, K, _) = batch.q.shape, batch.k.shape
-    around, alive = [], []
-
-    def room(*shape, dtype=torch.bfloat16):
-        memory = torch.full((prod(shape) * dtype.itemsize + 8192,), 0xFF, dtype=torch.uint8)
-        around.extend((memory[:4096], memory[-4096:]))
-        return memory[4096:-4096].view(dtype).view(shape)
+    room, alive = Rooms(), []
 
     def packed(x):
         wide = torch.cat([x, torch.full_like(x[:, :1], torch.nan)], 1)  # rows further apart than they are long
@@ -147,7 +127,7 @@ def run(host, batch, d_lse=None, deterministic=False, causal=True, window=None):
     d_lse = None if d_lse is None else d_lse.data_ptr()
     saved = Packed(out.data_ptr(), *out.stride()[:2]), packed(batch.d_out), lse.data_ptr(), d_lse
     host.backward(byref(Backward(*inputs, *saved, *written, deterministic)))
-    assert all((x == 0xFF).all() for x in around), "written outside of the results"
+    room.assert_nothing_else_was_written()
     return Results(out, lse, *grads)
 
 

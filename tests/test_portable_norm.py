@@ -5,27 +5,17 @@ cuda_on_the_host.h stands for CUDA, as for test_portable_kernels.py. test_add_no
 
 import ctypes
 import re
-from ctypes import c_char_p, c_float, c_int, c_void_p
-from math import prod
+from ctypes import c_float, c_int, c_void_p
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import compile_for_the_host
+from conftest import Rooms, compile_for_the_host, raise_errors
 
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 EPS = 1e-6
 HARNESS = r"""
-template <typename Call>
-const char* error_of(Call call) {
-    static std::string error;
-    try {
-        return call(), nullptr;
-    } catch (const std::exception& e) {
-        return (error = e.what()).c_str();
-    }
-}
 extern "C" {
 const char* forward(minitrain::AddNorm args, void* x, void* delta, void* sum, void* out) {
     return error_of([&] { minitrain::add_norm(args, x, delta, sum, out, 0, nullptr); });
@@ -58,29 +48,23 @@ def host(tmp_path_factory):
     sources = {"add_norm.cpp": on_the_host((KERNELS / "add_norm.cu").read_text()) + HARNESS}
     sources["sum_parts.cuh"] = on_the_host((KERNELS / "sum_parts.cuh").read_text())
     library = compile_for_the_host(tmp_path_factory.mktemp("norm"), sources)
-    library.forward.restype = library.backward.restype = c_char_p
+    raise_errors(library.forward, library.backward)
     return library
 
 
 def run(host, x, delta, weight, d_sum, d_out):
     """-> sum, out, dx, d_weight. What is written to begins as NaN, and what lies around stays so."""
-    around = []
-
-    def room(*shape, dtype=torch.bfloat16):
-        memory = torch.full((prod(shape) * dtype.itemsize + 8192,), 0xFF, dtype=torch.uint8)
-        around.extend((memory[:4096], memory[-4096:]))
-        return memory[4096:-4096].view(dtype).view(shape)
+    room = Rooms()
 
     def call(function, *args):
         places = (c_void_p(None if t is None else t.data_ptr()) if not isinstance(t, int) else c_int(t) for t in args)
-        error = function(AddNorm(*x.shape, weight.data_ptr(), EPS), *places)
-        assert error is None, error.decode()
+        function(AddNorm(*x.shape, weight.data_ptr(), EPS), *places)
 
     total, out, dx, d_weight = x if delta is None else room(*x.shape), room(*x.shape), room(*x.shape), room(len(weight))
     call(host.forward, x, delta, None if delta is None else total, out)
     parts = room(70 if len(weight) < 100 else 5, len(weight), dtype=torch.float32)
     call(host.backward, d_out, d_sum, total, dx, d_weight, parts, len(parts))
-    assert all((memory == 0xFF).all() for memory in around), "written outside of the results"
+    room.assert_nothing_else_was_written()
     return total, out, dx, d_weight
 
 

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from conftest import fill_free_memory_with_nan
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -57,11 +58,6 @@ def results(function, x, weights, norms, cos, sin, cu, d_out, dtype=torch.bfloat
     out = function(leaves[0], leaves[1:4], leaves[4:], EPS, cos, sin, cu, cu)
     grads = torch.autograd.grad(out, leaves, d_out.to(dtype))
     return dict(zip(("out", "x", "q", "k", "v", "q_norm", "k_norm"), (out.detach(), *grads), strict=True))
-
-
-def fill_free_memory_with_nan():
-    blocks = [torch.full((1 << size,), torch.nan, device="cuda") for size in range(6, 24)]
-    del blocks
 
 
 @gpu

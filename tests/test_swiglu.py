@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import fill_free_memory_with_nan
 from torch import nn
 
 from minitrain import swiglu as fused
@@ -36,11 +37,6 @@ def results(function, *inputs, dtype=torch.bfloat16):
     inputs = [t.detach().requires_grad_() for t in inputs]
     out = function(*inputs)
     return out.detach(), *torch.autograd.grad(out, inputs, d_out)
-
-
-def fill_free_memory_with_nan():
-    blocks = [torch.full((1 << size,), torch.nan, device="cuda") for size in range(6, 26)]
-    del blocks
 
 
 def layer_of(gate, up, down):
