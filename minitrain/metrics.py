@@ -6,7 +6,8 @@ FLOPs per trained step, for tokens/s to be turned into model FLOPs utilisation (
     HFU  C plus the forward of the blocks that recomputation runs again
 N: parameters in matrices that a token goes through: the head, not the embedding's look-up; of experts, the active ones.
 Those that are frozen count 4 times, not 6: their own gradient is not computed. Padding is neither tokens nor pairs.
-Device values are kept on the device until a line on the console is due, so that a step never waits for the host.
+Device values are kept on the device until a line on the console is due; they are then fetched while the next step is
+queued, so that the device never waits for the host.
 """
 
 import contextlib
@@ -111,8 +112,9 @@ def _numel(p: nn.Parameter) -> int:
 class Log:
     """`with Log(...) as log`: one line a step in metrics.jsonl, and every log_every steps one on the console.
 
-    Lines are written when one on the console is due; speeds in them, and its loss, are means since the one before.
-    On several ranks, rank 0 writes and prints; but for tokens_per_s, of all, speeds and expert loads are its own.
+    Lines are written when one on the console is due, with the next step queued behind it (after the last step at once);
+    speeds in them, and its loss, are means since the one before. On several ranks, rank 0 writes and prints; but for
+    tokens_per_s, of all, speeds and expert loads are its own.
     Raises FloatingPointError if a loss or gradient norm is no number; the weights are then those before that step.
     """
 
@@ -127,7 +129,7 @@ class Log:
         self.flops = replace(flops, **matrices)
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         self.peak = peak_tflops(name)
-        self.waiting: list[tuple[dict, int, int, dict[str, Tensor]]] = []  # row, tokens, pairs, scalars on the device
+        self.fetched: _Window | None = None  # which the device may not have ended
         total = mesh.sum_stages(sum(_numel(p) for p in model.parameters() if not mesh.is_second_copy(p)))
         active = self.flops.blocks + self.flops.head
         log.info("%s: %.4g M parameters, %.4g M in matrices for each token; %s", type(model).__name__, total / 1e6,
@@ -178,14 +180,17 @@ class Log:
         extras: dict[str, Tensor],
     ):  # fmt: skip
         """After `step` steps: loss and extras are means over trained tokens, of all ranks as `trained` is."""
+        self._write()
         row = {"step": step, "lr": lr, "trained_tokens": trained}
         padding, pairs = sum(b.num_padding for b in batches), sum(b.num_pairs for b in batches)
         tokens = sum(len(b.tokens) for b in batches) - padding
         row["padding"] = padding / (tokens + padding)
         self.waiting.append((row, tokens, pairs, {"loss": loss, "grad_norm": norm, **extras}))
         self.bar.update()
-        if step % self.cfg.log_every == 0 or step == self.cfg.steps:
+        if step == self.cfg.steps:
             self.flush()
+        elif step % self.cfg.log_every == 0:
+            self._fetch()
 
     def validation(self, step: int, results: list[dict]) -> None:
         """A line for each source in validation.jsonl and on the console."""
@@ -200,17 +205,32 @@ class Log:
 
     def flush(self) -> None:
         """Read the waiting values off the device, write their lines, print the last."""
+        self._write()
+        self._fetch()
+        self._write()
+
+    def _fetch(self) -> None:
+        """Ask the device for what waits."""
         if not self.waiting:
             return
-        values = torch.stack([v.detach().float() for *_, scalars in self.waiting for v in scalars.values()]).tolist()
-        seconds = time.perf_counter() - self.clock  # after the device has finished
-        speed = self._speed(seconds)
-        values = iter(values)
-        for row, _, _, scalars in self.waiting:
-            row |= {name: next(values) for name in scalars} | speed
-        rows = [row for row, *_ in self.waiting]
-        if load := self._expert_load():
-            rows[-1]["expert_load"] = load
+        scalars = torch.stack([v.detach().float() for *_, scalars in self.waiting for v in scalars.values()])
+        values = [t.to("cpu", non_blocking=True) for t in (scalars, self._expert_load())]
+        mark = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
+        self.fetched = _Window(self.waiting, self.data_wait, *values, mark)
+        self.waiting, self.data_wait = [], 0.0
+
+    def _write(self) -> None:
+        """What was fetched, once the device has it."""
+        if self.fetched is None:
+            return
+        window, self.fetched = self.fetched, None
+        if window.mark is not None:
+            window.mark.synchronize()
+        begin, self.clock = self.clock, time.perf_counter()
+        speed, values = self._speed(window, self.clock - begin), iter(window.scalars.tolist())
+        rows = [row | {name: next(values) for name in scalars} | speed for row, _, _, scalars in window.steps]
+        if len(window.load):
+            rows[-1]["expert_load"] = window.load.double().mul(100).round().div(100).tolist()
         self._append("metrics.jsonl", rows)
         for row in rows:
             if not math.isfinite(row["loss"] + row["grad_norm"]):
@@ -221,7 +241,6 @@ class Log:
         if self.writes:
             loss = sum(row["loss"] for row in rows) / len(rows)  # of one step alone it jumps too much to be watched
             self.bar.write(_console_line(rows[-1] | {"loss": loss}))
-        self._start_window()
 
     def _append(self, name: str, rows: list[dict]) -> None:
         """Lines to a file; those that a full disk refuses are kept until there is room."""
@@ -237,9 +256,9 @@ class Log:
                 raise
             log.warning("%s: %s; its lines wait for room", self.run_dir / name, error.strerror)
 
-    def _speed(self, seconds) -> dict:
-        steps = len(self.waiting)
-        tokens, pairs = sum(n for _, n, _, _ in self.waiting), sum(n for _, _, n, _ in self.waiting)
+    def _speed(self, window: "_Window", seconds: float) -> dict:
+        steps = len(window.steps)
+        tokens, pairs = sum(n for _, n, _, _ in window.steps), sum(n for _, _, n, _ in window.steps)
         mine = tokens / self.ranks_of_a_row, pairs / self.ranks_of_a_row
         flops = {
             "mfu_c": self.flops.causal(*mine),
@@ -247,22 +266,33 @@ class Log:
             "hfu": self.flops.hardware(*mine, self.cfg.recompute),
         }
         speed = {"tokens_per_s": self.ranks * tokens / seconds, "step_ms": 1000 * seconds / steps}
-        speed |= {"data_wait_ms": 1000 * self.data_wait / steps, "tflops_c": flops["mfu_c"] / seconds / 1e12}
+        speed |= {"data_wait_ms": 1000 * window.data_wait / steps, "tflops_c": flops["mfu_c"] / seconds / 1e12}
         if self.peak:
             speed |= {name: value / seconds / 1e12 / self.peak for name, value in flops.items()}
         if self.device.type == "cuda":
             speed["peak_gib"] = (torch.cuda.max_memory_allocated(self.device) + bytes_of_windows()) / 2**30
         return speed
 
-    def _expert_load(self) -> list[list[float]]:
-        """For each layer, rows that each expert got since the last line, relative to balance (1.0)."""
+    def _expert_load(self) -> Tensor:
+        """(L, E): for each layer with experts, rows that each got since the last line, relative to balance (1.0)."""
         loads = [m.load for m in self.model.modules() if isinstance(getattr(m, "load", None), Tensor)]
         if not loads:
-            return []
+            return torch.empty(0)
         loads_LE = torch.stack(loads).float()
         for load in loads:
             load.zero_()
-        return (loads_LE / loads_LE.mean(1, keepdim=True).clamp(min=1e-9)).cpu().mul(100).round().div(100).tolist()
+        return loads_LE / loads_LE.mean(1, keepdim=True).clamp(min=1e-9)
+
+
+@dataclass
+class _Window:
+    """Steps between two lines on the console; scalars (n,) of all and load (L, E) are on the host behind the mark."""
+
+    steps: list[tuple[dict, int, int, dict[str, Tensor]]]  # row, tokens, pairs, scalars on the device
+    data_wait: float
+    scalars: Tensor
+    load: Tensor
+    mark: torch.cuda.Event | None
 
 
 def _cut_lines(path: Path, step: int) -> None:

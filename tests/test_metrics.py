@@ -2,13 +2,15 @@
 
 import re
 import sys
+import time
 
 import pytest
 import torch
 from conftest import TINY, read_metrics, tiny_run
 
-from minitrain import LlamaConfig, PackedData, Qwen3Config, Qwen3MoeConfig, build_model, metrics, train
-from minitrain.metrics import Flops, peak_tflops
+from minitrain import Batch, LlamaConfig, PackedData, Qwen3Config, Qwen3MoeConfig, build_model, metrics, train
+from minitrain.config import TrainConfig
+from minitrain.metrics import Flops, Log, peak_tflops
 from minitrain.models import init_weights
 from minitrain.parallel.mesh import Mesh
 
@@ -120,6 +122,30 @@ def test_a_run_that_is_ended_writes_the_lines_of_its_last_steps(corpus, tmp_path
     with pytest.raises(SystemExit):
         train(tiny_run(corpus, tmp_path / "run"), on_step=lambda step, *_: sys.exit(143) if step == 3 else None)
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_a_line_is_written_with_the_next_step_queued_behind_it(corpus, tmp_path):
+    written = []
+    cfg = tiny_run(corpus, tmp_path / "run", train={"steps": 5, "log_every": 2})
+    train(cfg, on_step=lambda *_: written.append(len(read_metrics(tmp_path / "run"))))
+    assert written == [0, 0, 2, 2, 5]
+
+
+@pytest.mark.gpu
+def test_a_line_that_is_due_does_not_wait_for_the_gpu(tmp_path):
+    cfg = TrainConfig(steps=4, log_every=1)
+    batch, model = Batch.pack([torch.arange(9)]), build_model(Qwen3Config(**TINY), "cuda")
+    with Log(tmp_path, cfg, model, Mesh(torch.device("cuda")), 0) as log:
+
+        def seconds_of(step):
+            begin, ones = time.perf_counter(), torch.ones((), device="cuda")
+            log.step(step, [batch], 8, ones, ones, 1e-3, {"more": ones})
+            return time.perf_counter() - begin
+
+        seconds_of(1), seconds_of(2)  # loads what it launches
+        torch.cuda._sleep(4_000_000_000)
+        assert seconds_of(3) < 0.5 < 1.5 < seconds_of(4)
+    assert [row["more"] for row in read_metrics(tmp_path)] == [1.0] * 4
 
 
 def test_padding_is_a_share_of_the_tokens(corpus, tmp_path):
