@@ -1,5 +1,6 @@
 // AdamW over many tensors. Bound: memory, per element 12 bytes read and 12 written of param, mean and square (8 and 8
-// where these are bf16), 2 or 4 read of the gradient, 2 written of the rounded weight.
+// where these are bf16), 2 or 4 read of the gradient, 2 written of the rounded weight, which is 2 read less and 2
+// written less where that is half of param.
 
 #include "adamw.h"
 
@@ -71,6 +72,49 @@ __device__ void store_rounded(void* rounded, int64_t i, float4 x) {
                                                                            reinterpret_cast<const unsigned&>(high)};
 }
 
+// A param of two halves. The upper one is rounded: what is above its value is the lower one with its sign.
+__device__ float join(unsigned upper, unsigned lower) {
+    return __uint_as_float((upper << 16) + static_cast<int>(static_cast<short>(lower)));
+}
+__device__ unsigned upper_half(float x) { return (__float_as_uint(x) + 0x8000) >> 16; }
+__device__ unsigned lower_half(float x) { return __float_as_uint(x) & 0xFFFF; }
+
+__device__ float4 load_params(const AdamWTensor& t, int64_t i) {
+    if (!t.is_split) return load4(t.param, i, false);
+    const uint2 lower = __ldcs(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(t.param) + i));
+    const uint2 upper = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(t.rounded) + i);
+    return {join(upper.x & 0xFFFF, lower.x), join(upper.x >> 16, lower.x >> 16), join(upper.y & 0xFFFF, lower.y),
+            join(upper.y >> 16, lower.y >> 16)};
+}
+
+__device__ void store_params(const AdamWTensor& t, int64_t i, float4 x) {
+    if (!t.is_split) {
+        __stcs(reinterpret_cast<float4*>(static_cast<float*>(t.param) + i), x);
+        if (t.rounded) store_rounded(t.rounded, i, x);
+        return;
+    }
+    const auto pack = [x](unsigned half(float)) {
+        return uint2{half(x.x) | half(x.y) << 16, half(x.z) | half(x.w) << 16};
+    };
+    __stcs(reinterpret_cast<uint2*>(static_cast<uint16_t*>(t.param) + i), pack(lower_half));
+    *reinterpret_cast<uint2*>(static_cast<uint16_t*>(t.rounded) + i) = pack(upper_half);
+}
+
+__device__ float load_param(const AdamWTensor& t, int64_t i) {
+    if (!t.is_split) return static_cast<const float*>(t.param)[i];
+    return join(static_cast<const uint16_t*>(t.rounded)[i], static_cast<const uint16_t*>(t.param)[i]);
+}
+
+__device__ void store_param(const AdamWTensor& t, int64_t i, float x) {
+    if (t.is_split) {
+        static_cast<uint16_t*>(t.param)[i] = lower_half(x);
+        static_cast<uint16_t*>(t.rounded)[i] = upper_half(x);
+        return;
+    }
+    static_cast<float*>(t.param)[i] = x;
+    if (t.rounded) static_cast<__nv_bfloat16*>(t.rounded)[i] = __float2bfloat16_rn(x);
+}
+
 // random: 64 bits, of which bf16 takes all.
 template <bool kIsBf16>
 __device__ void store_moments(void* to, int64_t i, float4 x, uint64_t random) {
@@ -100,23 +144,22 @@ __global__ void __launch_bounds__(kThreads)
     int64_t i = int64_t(cta) * kChunk + threadIdx.x * kVector;
     if (i + kVector <= t.numel) {
         const float4 grad = load4(t.grad, i, t.grad_is_bf16);
-        float4 param = load4(t.param, i, false), mean = load4(t.mean, i, kIsBf16), square = load4(t.square, i, kIsBf16);
+        float4 param = load_params(t, i), mean = load4(t.mean, i, kIsBf16), square = load4(t.square, i, kIsBf16);
         update(numbers, rates, grad.x, param.x, mean.x, square.x);
         update(numbers, rates, grad.y, param.y, mean.y, square.y);
         update(numbers, rates, grad.z, param.z, mean.z, square.z);
         update(numbers, rates, grad.w, param.w, mean.w, square.w);
-        __stcs(reinterpret_cast<float4*>(t.param + i), param);
+        store_params(t, i, param);
         store_moments<kIsBf16>(t.mean, i, mean, mix(2 * i + seed));
         store_moments<kIsBf16>(t.square, i, square, mix(2 * i + 1 + seed));
-        if (t.rounded) store_rounded(t.rounded, i, param);
         return;
     }
     for (; i < t.numel; ++i) {  // the tensor's last elements, fewer than a vector
-        float mean = load(t.mean, i, kIsBf16), square = load(t.square, i, kIsBf16);
-        update(numbers, rates, load(t.grad, i, t.grad_is_bf16), t.param[i], mean, square);
+        float param = load_param(t, i), mean = load(t.mean, i, kIsBf16), square = load(t.square, i, kIsBf16);
+        update(numbers, rates, load(t.grad, i, t.grad_is_bf16), param, mean, square);
+        store_param(t, i, param);
         store_moment<kIsBf16>(t.mean, i, mean, mix(2 * i + seed));
         store_moment<kIsBf16>(t.square, i, square, mix(2 * i + 1 + seed));
-        if (t.rounded) static_cast<__nv_bfloat16*>(t.rounded)[i] = __float2bfloat16_rn(t.param[i]);
     }
 }
 

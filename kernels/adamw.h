@@ -8,15 +8,15 @@ typedef struct CUstream_st* cudaStream_t;  // as CUDA declares it: the bindings 
 
 namespace minitrain {
 
-// One tensor of `numel` elements, everything contiguous, at addresses that 16 divides (bf16: 8).
+// One tensor of `numel` elements, everything contiguous, at addresses that 16 divides (16 bits: 8).
 struct AdamWTensor {
-    float* param;
+    void* param;          // fp32, or of its bits the lower half, of which rounded is the upper one
     void *mean, *square;  // running ones of the gradient and of its square, fp32 or bf16
     const void* grad;     // bf16 or fp32
-    void* rounded;        // bf16, gets the new param; null: nothing to write
+    void* rounded;        // bf16, gets the nearest to the new param; null: nothing to write
     const float* step;    // on the device: this step's number, from 1 on
     int64_t numel;
-    bool grad_is_bf16;
+    bool grad_is_bf16, is_split;
 };
 
 struct AdamWSettings {

@@ -179,16 +179,19 @@ PYBIND11_MODULE(kernels, m) {
         py::arg("dq_sum"), py::arg("turns"), py::arg("dkv_sum"), py::arg("dkv_turns"), py::arg("deterministic"),
         py::arg("hopper"), py::arg("device"), py::arg("stream"));
 
-    // kernels/adamw.h. A tensor is (param, mean, square, grad, rounded, step, numel, whether grad is bf16).
-    using AdamWTensor = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, bool>;
+    // kernels/adamw.h. A tensor is (param, mean, square, grad, rounded, step, numel, whether grad is bf16,
+    // whether param is split).
+    using AdamWTensor =
+        std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, bool, bool>;
     m.def(
         "adamw",
         [](const std::vector<AdamWTensor>& given, float lr, double beta1, double beta2, float eps, float weight_decay,
            uintptr_t grad_scale, uintptr_t broken, bool moments_are_bf16, int device, uintptr_t stream) {
             std::vector<minitrain::AdamWTensor> tensors;
-            for (const auto& [param, mean, square, grad, rounded, step, numel, is_bf16] : given) {
-                tensors.push_back({pointer<float>(param), pointer<void>(mean), pointer<void>(square),
-                                   pointer<void>(grad), pointer<void>(rounded), pointer<float>(step), numel, is_bf16});
+            for (const auto& [param, mean, square, grad, rounded, step, numel, is_bf16, is_split] : given) {
+                tensors.push_back({pointer<void>(param), pointer<void>(mean), pointer<void>(square),
+                                   pointer<void>(grad), pointer<void>(rounded), pointer<float>(step), numel, is_bf16,
+                                   is_split});
             }
             const minitrain::AdamWSettings settings = {lr,
                                                        eps,

@@ -36,7 +36,7 @@ from minitrain.parallel.comm import Lane
 from minitrain.parallel.mesh import Mesh
 from minitrain.parallel.zero import MasterOptimizer
 from minitrain.pieces import Damaged, Piece, Saved, write_manifest, write_pieces
-from minitrain.storage import lock_folder, sync_folder
+from minitrain.storage import Later, lock_folder, sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -252,15 +252,16 @@ class Checkpointer:
             running, self.running = self.running, None
             running.result(timeout_s)
 
-    def _make_room(self, tensors: dict[str, Tensor]) -> None:
+    def _make_room(self, tensors: dict[str, Tensor | Later]) -> None:
         """For their copies in host memory, for a GPU pinned."""
         for name, t in tensors.items():
             if name not in self.host:
                 self.host[name] = torch.empty(t.shape, dtype=t.dtype, pin_memory=self.mesh.device.type == "cuda")
 
-    def _copy(self, name: str, values: Tensor) -> Tensor:
+    def _copy(self, name: str, values: Tensor | Later) -> Tensor:
         """In host memory, complete after a mark on the lane."""
         self._make_room({name: values})
+        values = values.read() if isinstance(values, Later) else values
         self.host[name].copy_(values, non_blocking=True)
         if values.is_cuda:
             values.record_stream(self.lane.stream)

@@ -4,17 +4,18 @@ import torch
 from torch import Tensor
 
 from minitrain.extension import address, aligned, kernels, runs_on, stream_of
+from minitrain.masters import is_split
 
 
 def can_step(params: list[Tensor]) -> bool:
-    """Whether adamw_ takes these: fp32 on a GPU that the extension is built for, their `rounded` bf16, all contiguous.
+    """Whether adamw_ takes these masters: contiguous, fp32 or split, `rounded` bf16, on a GPU that has the kernel.
 
     Known before the first step too, when offloaded masters are in host memory: by where their `rounded` are. Gradients
     are read row by row, with which a parameter of other strides would be paired wrongly.
     """
     pairs = [(p, getattr(p, "rounded", p)) for p in params]
     return all(
-        p.dtype == torch.float32
+        (p.dtype == torch.float32 or is_split(p))
         and (x is p or x.dtype == torch.bfloat16)
         and runs_on(x.device.type, x.device.index)
         and p.is_contiguous()
@@ -59,7 +60,7 @@ def adamw_(
 
 def _addresses(p, grad, state):
     tensors = p, state["exp_avg"], state["exp_avg_sq"], grad, getattr(p, "rounded", None), state["step"]
-    return *map(address, tensors), p.numel(), grad.dtype == torch.bfloat16
+    return *map(address, tensors), p.numel(), grad.dtype == torch.bfloat16, is_split(p)
 
 
 def add_(total: Tensor, terms: Tensor, is_first: bool) -> None:

@@ -36,21 +36,19 @@ def adamw(cfg: OptimConfig) -> Callable[[list[nn.Parameter]], "AdamW"]:
 class AdamW(torch.optim.AdamW):
     """torch's; on a GPU the extension's kernel, which does in one pass over memory what a step has to do.
 
-    There it takes gradients in bf16 or fp32, writes `rounded`, a bf16 tensor, of the parameters that have one, and may
-    keep its moments in bf16, rounded at random, which elsewhere is a UserError.
+    There it takes gradients in bf16 or fp32, writes `rounded`, a bf16 tensor, of the parameters that have one, which
+    may be split (masters.py), and may keep its moments in bf16, rounded at random, which elsewhere is a UserError.
+
+    rounds: whether it does that.
     """
 
     def __init__(self, params, moments: torch.dtype = torch.float32, **options):
         super().__init__(params, **options)
         self.moments = moments
-        if moments != torch.float32 and not can_step([p for group in self.param_groups for p in group["params"]]):
+        self.rounds = can_step([p for group in self.param_groups for p in group["params"]])
+        if moments != torch.float32 and not self.rounds:
             name = str(moments).removeprefix("torch.")
             raise UserError(f"optim.moments={name}: needs bf16 weights on a GPU, and the CUDA extension")
-
-    @property
-    def rounds(self) -> bool:
-        """Whether it does that."""
-        return can_step([p for group in self.param_groups for p in group["params"] if p.grad is not None])
 
     def use_loaded(self) -> None:
         """State was loaded: moments may be of another run's choice."""

@@ -42,6 +42,7 @@ from minitrain.storage import (
     DTYPES,
     MAX_HEADER_BYTES,
     THREADS,
+    Later,
     open_safetensors,
     read_json,
     write_safetensors,
@@ -61,7 +62,7 @@ class Damaged(UserError):
 class Piece:
     """Of a tensor's box, laid flat, consecutive elements from the first one on, in any shape."""
 
-    values: Tensor
+    values: Tensor | Later
     shape: torch.Size  # of the whole tensor
     box: Box
     first: int = 0

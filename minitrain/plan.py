@@ -85,7 +85,9 @@ def _of_stage(cfg: Config, ranks: int, stage: Group) -> Memory:
     offloaded = on_host(units, parallel)
     away = [unit.shard_numel if key in offloaded else 0 for key, unit in units.items()]
     passing = max(sum(away[i : i + 3]) for i in range(len(away)))  # one comes, one is stepped, and one goes
-    state = 2 * (_WIDE if cfg.optim.moments == "float32" else 2) + (_WIDE if is_flat or width < _WIDE else 0)
+    is_split = width < _WIDE and not parallel.offload  # masters.py
+    master = 2 if is_split else _WIDE if is_flat or width < _WIDE else 0
+    state = 2 * (_WIDE if cfg.optim.moments == "float32" else 2) + master
     rows = max(1, cfg.data.rows_per_step // mesh.dp_size)
     actions = schedule(parallel.pp_schedule, stage.rank, stage.size, rows, parallel.pp_parts)
     local = {key for key, unit in units.items() if is_local(unit)}

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from tokenizers import Tokenizer, models
 
+from minitrain.masters import round_weights, set_value, value_of
 from minitrain.storage import sha256, write_json, write_safetensors
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -163,6 +164,23 @@ def tiny_run(corpus, run_dir, model=None, **sections):
     )
     assert not sections, sections
     return cfg
+
+
+class RoundingSGD(torch.optim.Optimizer):
+    """As AdamW with its kernel: it takes gradients of any dtype and split masters, and rounds new weights itself."""
+
+    rounds = True
+
+    def __init__(self, params, lr=0.01):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            mean = self.state[p].setdefault("mean", torch.zeros_like(p, dtype=torch.float32))
+            mean.lerp_(p.grad.float(), 0.5)
+            set_value(p, value_of(p) - self.param_groups[0]["lr"] * mean)
+            round_weights([p])
 
 
 def read_metrics(run_dir):

@@ -88,6 +88,20 @@ def test_resume_is_bitwise(corpus, tmp_path, model, dtype):
     assert results(disturbed) == results(calm)
 
 
+@pytest.mark.gpu
+def test_resume_is_bitwise_on_the_gpu_where_masters_are_split(corpus, tmp_path):
+    calm, disturbed = pair(corpus, tmp_path, train={"device": "cuda", "deterministic": True, "compile": "off"})
+    expected = dict(train(calm).named_parameters())
+    run_until(13, disturbed)
+    for name, p in train(disturbed).named_parameters():
+        assert p.dtype == torch.bfloat16 and torch.equal(p, expected[name]), name
+    assert results(disturbed) == results(calm)
+    for name, p in expected.items():
+        saved = Saved(newest(calm)).read(f"model.{name}")
+        assert saved.dtype == torch.float32 and not saved.bfloat16().float().equal(saved), name
+        torch.testing.assert_close(saved, p.detach().cpu().float().flatten(), rtol=2**-8, atol=0)
+
+
 @pytest.mark.slow
 def test_a_killed_process_goes_on_bitwise(corpus, tmp_path):
     calm, killed = pair(corpus, tmp_path)

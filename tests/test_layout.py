@@ -16,9 +16,9 @@ FLOORS = [
     {"boxes", "config", "kernels"},
     {"deterministic", "extension", "joined", "parallel.comm", "parallel.layout", "parallel.recompute", "signals",
      "storage"},
-    {"add_norm", "fused_attention", "multi_tensor", "norm_rotate", "routed_rows", "swiglu", "shards", "batch",
+    {"add_norm", "fused_attention", "masters", "norm_rotate", "routed_rows", "swiglu", "shards", "batch",
      "parallel.mesh", "parallel.window", "pieces"},
-    {"attention"},
+    {"attention", "multi_tensor"},
     {"qkv_attention"},
     {
         "left": {"models", "models.layers", "models.llama", "models.qwen3", "models.qwen3_moe",

@@ -15,6 +15,7 @@ from minitrain import multi_tensor
 from minitrain.batch import IGNORE, Batch
 from minitrain.config import OptimConfig, UserError
 from minitrain.loss import cross_entropy
+from minitrain.masters import is_split, split, value_of
 from minitrain.models import build_model, init_weights
 from minitrain.models.llama import LlamaConfig
 from minitrain.models.qwen3 import Qwen3Config
@@ -493,7 +494,8 @@ def test_on_the_gpu_a_bad_gradient_leaves_the_weights_bitwise_as_they_were(make_
 @pytest.mark.gpu
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
 def test_the_kernel_makes_the_steps_of_torchs_adamw(grad_dtype):
-    """More tensors than one launch takes, of sizes around its vectors and chunks; every other one is rounded, too."""
+    """More tensors than one launch takes, of sizes around its vectors and chunks; every other one is rounded, too.
+    Masters in two halves are stepped to the same bits."""
     sizes = [(1,), (3,), (4,), (4095,), (4096,), (4097,), (77, 129), (3, 4096), (1 << 21,), *[(64,)] * 900]
     torch.manual_seed(0)
     params = [nn.Parameter(torch.randn(size, device="cuda")) for size in sizes]
@@ -504,18 +506,26 @@ def test_the_kernel_makes_the_steps_of_torchs_adamw(grad_dtype):
     for p in params[::2]:
         p.rounded = flat[start:][: p.numel()].view(p.shape)
         start = (start + p.numel() + gap + 63) // 64 * 64
+    halves = [nn.Parameter(p.detach().clone()) for p in params]
+    for p, half in zip(params, halves, strict=True):
+        half.rounded = torch.empty_like(p, dtype=torch.bfloat16)
     cfg = OptimConfig(lr=0.01, weight_decay=0.1)
-    ours, torchs = adamw(cfg)(params), adamw(cfg)(twins)
-    assert ours.rounds
-    torchs.grad_scale = ours.grad_scale = torch.tensor(3.0, device="cuda")
-    torchs.found_inf = ours.found_inf = torch.zeros((), device="cuda")
+    ours, torchs, of_halves = (adamw(cfg)(of) for of in (params, twins, halves))
+    assert ours.rounds and of_halves.rounds
+    split(halves)
+    for optimizer in (ours, torchs, of_halves):
+        optimizer.grad_scale = torch.tensor(3.0, device="cuda")
+        optimizer.found_inf = torch.zeros((), device="cuda")
     for step in range(5):
-        for p, twin in zip(params, twins, strict=True):
-            p.grad_dtype = None
-            p.grad = (torch.randn_like(p) * 10.0 ** (step - 3)).to(grad_dtype)
+        for p, twin, half in zip(params, twins, halves, strict=True):
+            p.grad_dtype = half.grad_dtype = None
+            p.grad = half.grad = (torch.randn_like(p) * 10.0 ** (step - 3)).to(grad_dtype)
             twin.grad = p.grad.float()
         ours.step()
+        of_halves.step()
         torch.optim.AdamW.step(torchs)
+        for p, half in zip(params, halves, strict=True):
+            assert value_of(half).equal(p)
         for p, twin in zip(params, twins, strict=True):
             torch.testing.assert_close(p, twin, rtol=2e-6, atol=2e-7)
             for name, atol in (("exp_avg", 1e-7), ("exp_avg_sq", 0), ("step", 0)):
@@ -624,4 +634,5 @@ def test_a_step_of_one_row_makes_no_fp32_gradients_and_no_second_pass_over_the_w
         opt.step(0.01)
         torch.cuda.synchronize()
     assert torch.cuda.max_memory_allocated() - before < 1 << 20
-    assert model.weight.equal(opt.masters["weight"].bfloat16())
+    assert is_split(opt.masters["weight"])
+    torch.testing.assert_close(model.weight.float(), value_of(opt.masters["weight"]), rtol=2**-8, atol=0)

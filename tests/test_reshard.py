@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import read_metrics, spawn, tiny_run
+from conftest import RoundingSGD, read_metrics, spawn, tiny_run
 from test_convert import contents, convert
 from test_storage import LiveBytes
 from test_zero import OPTIMIZERS, SIZES, make_rows, plain_loss
@@ -16,6 +16,7 @@ from minitrain import OptimConfig, muon, save_pretrained, train
 from minitrain.boxes import part_of, take
 from minitrain.checkpoint import Checkpointer
 from minitrain.config import CheckpointConfig, Config, ParallelConfig, TrainConfig, UserError
+from minitrain.masters import value_of
 from minitrain.models import build_model, init_weights
 from minitrain.models.qwen3 import Qwen3Config
 from minitrain.models.qwen3_moe import Qwen3MoeConfig
@@ -75,7 +76,7 @@ def hold(case, run_dir, parallel, mesh, seed):
     for name, p in model.to(torch.bfloat16).named_parameters():
         p.requires_grad_(model_config.type != "qwen3_moe" or name not in FROZEN)
     parallelize(model, mesh, TrainConfig())
-    opt = shard_optimizer(model, OPTIMIZERS[optimizer], mesh, parallel)
+    opt = shard_optimizer(model, RoundingSGD if optimizer == "rounding" else OPTIMIZERS[optimizer], mesh, parallel)
     cfg = Config(model_config, parallel=parallel, checkpoint=CheckpointConfig(keep=100), run_dir=folder(case, run_dir))
     cfg.data.max_seqlen = 8
     return model, opt, Checkpointer(cfg, opt, itertools.repeat(None), mesh)
@@ -107,7 +108,7 @@ def read_and_write_again(cases, run_dir, parallel, step):
                 assert ckpt.resume() == int(newest.name[5:])
             states = [(master, t) for master, state in opt.optimizer.state.items() for t in state.values()]
             assert all(t.shape == master.shape for master, t in states if t.ndim)
-            held = [*opt.masters.values(), *(t for _, t in states)]
+            held = [*map(value_of, opt.masters.values()), *(t for _, t in states)]
             held += [p for p in model.parameters() if not p.requires_grad]
             assert sum(asked) == sum(t.numel() * t.element_size() for t in held)
             saved = Saved(newest)
@@ -155,10 +156,15 @@ def check(cases, layouts, tmp_path):
                 assert contents(path / f"{made}-{step}") == contents(path / "export-1"), (made, ranks, parallel)
 
 
+def test_split_masters_are_saved_and_read_as_what_they_are_worth(tmp_path):
+    layouts = [(2, ParallelConfig(3)), (2, ParallelConfig(1)), (2, ParallelConfig(2, ep=2))]
+    check([(MOE, "rounding")], layouts, tmp_path)
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.slow
 def test_any_layout_reads_its_own_part_and_writes_the_same_bits(tmp_path):
-    check([(MOE, name) for name in OPTIMIZERS], LAYOUTS, tmp_path)
+    check([(MOE, name) for name in (*OPTIMIZERS, "rounding")], LAYOUTS, tmp_path)
 
 
 @pytest.mark.slow

@@ -631,6 +631,19 @@ def test_owners_on_gpus_go_on_with_what_is_in_host_memory(corpus, tmp_path):
 
 
 @pytest.mark.gpu
+def test_split_masters_of_gpus_go_on_on_fewer(corpus, tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    for name, runs in {"alone": [(4, 1, 0)], "moved": [(1, 2, 3), (2, 2, 1), (3, 2, 0), (4, 1, 0)]}.items():
+        for steps, ranks, zero in runs:
+            cfg = tiny_run(corpus, tmp_path / name, train={"steps": steps, "device": "auto"}, parallel={"zero": zero})
+            cfg.data.rows_per_step, cfg.optim.schedule = 2, "constant"
+            spawn(ranks, train, cfg, device="cuda") if ranks > 1 else train(cfg)
+    losses, again = ([row["loss"] for row in read_metrics(tmp_path / name)] for name in ("alone", "moved"))
+    assert losses[0] > losses[-1] and losses == pytest.approx(again, rel=1e-2)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("train", [(), (("compile", "on"), ("recompute", "full"))], ids=["plain", "compiled"])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_gpus_equal_one(ranks, tmp_path, train):

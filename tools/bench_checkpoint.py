@@ -90,7 +90,7 @@ class Bench:
                 self.step(ckpt)
             rows = {"memory": (self.seconds(ckpt.wait), None)}
             calm_s = statistics.median(self.seconds(lambda: self.step(ckpt)) for _ in range(_TIMED))
-            self.bytes = sum(p.values.nbytes for p in self.opt.pieces().values())
+            self.bytes = sum(p.values.shape.numel() * p.values.dtype.itemsize for p in self.opt.pieces().values())
             rows["dd write"] = self.seconds(lambda: dd_write(path, self.bytes)), None
             for number in (1, 2):
                 save_s, step_s = self.save(ckpt, number)

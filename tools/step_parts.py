@@ -131,15 +131,14 @@ def floors(cfg: Config, pairs: float, ceilings: Ceilings, element_bytes: int) ->
 
 
 def _optimizer_bytes(cfg, element_bytes) -> int:
-    """AdamW on one parameter: gradient read for the norm and for the step; master and moments; the rounded weight.
+    """AdamW on one parameter: gradient read for the norm and for the step; moments; fp32 weights, or both their halves.
 
     Gradients of further rows are read and added to those before, in fp32.
     """
     further = cfg.data.rows_per_step - 1
     gradient = 4 if further else element_bytes
-    rounded = element_bytes if element_bytes < 4 else 0
     moment = getattr(torch, cfg.optim.moments).itemsize
-    return further * (element_bytes + 2 * 4) + 2 * gradient + 2 * (4 + 2 * moment) + rounded
+    return further * (element_bytes + 2 * 4) + 2 * gradient + 2 * (4 + 2 * moment)
 
 
 def _pointwise_elements(model: nn.Module, forwards: int) -> int:

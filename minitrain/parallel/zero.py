@@ -3,6 +3,8 @@
     model parameter (bf16)  --gradients of the rows, added in fp32-->  master.grad
     master (fp32, what the optimizer sees)  --after its step, rounded-->  model parameter
 
+Our AdamW's kernel rounds too, and masters are split for it: they keep the bits that model parameters lack.
+
 One process has all of it (MasterOptimizer); where its model is fp32, parameters are their own masters. Several ranks
 have flat tensors, one for each block (ddp.py), cut into a shard for each rank (ShardedOptimizer):
 
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from minitrain.boxes import part_of
 from minitrain.config import ParallelConfig, UserError
+from minitrain.masters import master_of, round_weights, set_value, split, to_save, wide
 from minitrain.multi_tensor import global_norm
 from minitrain.parallel.comm import Group, shard_of, sum_equal
 from minitrain.parallel.ddp import DENSE, Gradients, Unit, added, first_of, make_units
@@ -55,10 +58,10 @@ class MasterOptimizer:
     """Any torch.optim.Optimizer over the master weights of a model: make(list of fp32 Parameters) -> the optimizer.
     Its use_loaded(), if it has one, is called when its state was loaded.
 
-    masters: {parameter's name: its master}. Nothing here waits for the device, if the optimizer knows torch's
-    grad_scale and found_inf (the fused ones do): a loss or norm that is no number then skips this step and all that
-    follow, so that the weights stay as they were until the host reads it and stops. For other optimizers the host
-    looks before each step.
+    masters: {parameter's name: its master}, of which masters.value_of is the value. Nothing here waits for the device,
+    if the optimizer knows torch's grad_scale and found_inf (the fused ones do): a loss or norm that is no number then
+    skips this step and all that follow, so that the weights stay as they were until the host reads it and stops. For
+    other optimizers the host looks before each step.
     """
 
     host: HostState | None = None  # of offloaded masters and states
@@ -66,7 +69,7 @@ class MasterOptimizer:
 
     def __init__(self, model: nn.Module, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]):
         self.params = dict(model.named_parameters())
-        self.masters = {name: _master(p) for name, p in self.params.items()}  # a frozen parameter is its own
+        self.masters = {name: master_of(p) for name, p in self.params.items()}  # a frozen parameter is its own
         self.optimizer = make([master for master in self.masters.values() if master.requires_grad])
         self.settings = [_numbers(group) for group in self.optimizer.param_groups]
         self.hooks = [
@@ -74,6 +77,8 @@ class MasterOptimizer:
             for name, p in self.params.items()
             if self.masters[name] is not p
         ]
+        if getattr(self.optimizer, "rounds", False):
+            split(self.masters.values())
 
     def backward(self, part: nn.Module, is_last: bool) -> contextlib.AbstractContextManager:
         """A context for the backward of one row, through the model or a part of it; is_last: of the step."""
@@ -121,7 +126,7 @@ class MasterOptimizer:
         for master in self.masters.values():
             master.grad = None
         if not rounds:
-            self._round(names)
+            round_weights(self.masters[name] for name in names)
 
     def _grad_norm(self) -> Tensor:
         return global_norm(self._grads())
@@ -129,18 +134,12 @@ class MasterOptimizer:
     def _grads(self) -> list[Tensor]:
         return [m.grad for m in self.masters.values() if m.grad is not None]
 
-    def _round(self, names: list[str]) -> None:
-        """Masters into what the model computes with."""
-        pairs = [(self.masters[n].rounded, self.masters[n]) for n in names if hasattr(self.masters[n], "rounded")]
-        if pairs:
-            torch._foreach_copy_(*zip(*pairs, strict=True))
-
     # ---- checkpoints: what this rank has of each tensor, under the names of pieces.py
 
     def tensors(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
         """Of the masters and the frozen parameters, in whole."""
         return {
-            f"model.{name}": (_wide(p.dtype) if p.requires_grad else p.dtype, part_of(p).shape)
+            f"model.{name}": (wide(p.dtype) if p.requires_grad else p.dtype, part_of(p).shape)
             for name, p in self.params.items()
             if part_of(p).shape.numel()
         }
@@ -155,7 +154,7 @@ class MasterOptimizer:
         for name in self._to_save():
             (first, _), part = self._span(name), part_of(self.params[name])
             master = self.masters.get(name, self.params[name])
-            pieces[f"model.{name}"] = Piece(master.detach(), *part, first)
+            pieces[f"model.{name}"] = Piece(to_save(master), *part, first)
             for key, value in self.optimizer.state.get(master, {}).items():
                 full_name = f"optimizer.{name}.{key}"
                 self._check_state(name, key, value, master)
@@ -190,13 +189,13 @@ class MasterOptimizer:
             first, end = self._span(name)
             if end > first:
                 held = self.masters.get(name, self.params[name])
-                held.copy_(read(full_name, part_of(self.params[name]).box, first, end).view_as(held))
+                set_value(held, read(full_name, part_of(self.params[name]).box, first, end).view_as(held))
         if hasattr(self.optimizer, "use_loaded"):
             self.optimizer.use_loaded()
         self._use_loaded()
 
     def _use_loaded(self) -> None:
-        self._round(list(self.masters))
+        round_weights(self.masters.values())
 
     def _is_part(self, name: str) -> bool:
         """Whether a master can be less than the whole parameter of all ranks."""
@@ -286,6 +285,8 @@ class ShardedOptimizer(MasterOptimizer):
         self.portions = [keys for keys in (first, [key for key in self.units if key not in first]) if keys]
         if self.host:
             self.portions = [[key] for key in self.units]
+        elif getattr(self.optimizer, "rounds", False):
+            split(self.masters.values())
         self.gradients = Gradients(model, self.units, mesh, cfg.zero, getattr(torch, cfg.reduce_dtype))
 
     def _make_masters(self, unit: Unit) -> dict[str, nn.Parameter]:
@@ -294,7 +295,7 @@ class ShardedOptimizer(MasterOptimizer):
             first, end = self._span(name)
             if end > first:
                 shape = [1] * (p.ndim - 1) + [end - first] if end - first < p.numel() else p.shape
-                piece = p.detach().flatten()[first:end].to(_wide(p.dtype), copy=True).view(shape)
+                piece = p.detach().flatten()[first:end].to(wide(p.dtype), copy=True).view(shape)
                 masters[name] = nn.Parameter(piece)
                 masters[name].grad_dtype = None  # any
         return masters
@@ -368,11 +369,14 @@ class ShardedOptimizer(MasterOptimizer):
             self.host.wait()
         return super().pieces()
 
+    def load(self, tensors: dict[str, tuple[torch.dtype, torch.Size]], read: Callable[..., Tensor]) -> None:
+        if self.weights:
+            self.weights.wait_for_readers()
+        super().load(tensors, read)
+
     def _use_loaded(self) -> None:
         if self.host:
             self.host.place()
-        if self.weights:
-            self.weights.wait_for_readers()
         super()._use_loaded()
         self._share(self.units)
 
@@ -423,20 +427,6 @@ def _check_shard(optimizer: torch.optim.Optimizer, make: Callable) -> None:
 def _numbers(group: dict) -> dict[str, float]:
     """Of a group of parameters, but for the learning rate, which each step sets."""
     return {key: value for key, value in group.items() if isinstance(value, int | float) and key != "lr"}
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Of masters and gradients: float32 for what is narrower."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _master(p: nn.Parameter) -> nn.Parameter:
-    """`rounded`: what gets its value in the model's dtype."""
-    if p.dtype == _wide(p.dtype) or not p.requires_grad:
-        return p
-    master = nn.Parameter(p.detach().to(_wide(p.dtype)))
-    master.rounded, master.grad_dtype = p, None  # None: any
-    return master
 
 
 def _grad_mover(master: nn.Parameter) -> Callable[[Tensor], None]:
