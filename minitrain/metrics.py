@@ -173,7 +173,7 @@ class Log:
         self._start_window()
 
     def _start_window(self):
-        self.waiting, self.data_wait, self.clock = [], 0.0, time.perf_counter()
+        self.waiting, self.data_wait, self.begin = [], 0.0, _Moment(self.device)
 
     def step(
         self, step: int, batches: list[Batch], trained: int, loss: Tensor, norm: Tensor, lr: float,
@@ -215,19 +215,17 @@ class Log:
             return
         scalars = torch.stack([v.detach().float() for *_, scalars in self.waiting for v in scalars.values()])
         values = [t.to("cpu", non_blocking=True) for t in (scalars, self._expert_load())]
-        mark = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
-        self.fetched = _Window(self.waiting, self.data_wait, *values, mark)
-        self.waiting, self.data_wait = [], 0.0
+        end = _Moment(self.device)
+        self.fetched = _Window(self.waiting, self.data_wait, *values, self.begin, end)
+        self.waiting, self.data_wait, self.begin = [], 0.0, end
 
     def _write(self) -> None:
         """What was fetched, once the device has it."""
         if self.fetched is None:
             return
         window, self.fetched = self.fetched, None
-        if window.mark is not None:
-            window.mark.synchronize()
-        begin, self.clock = self.clock, time.perf_counter()
-        speed, values = self._speed(window, self.clock - begin), iter(window.scalars.tolist())
+        seconds = window.end.seconds_since(window.begin)
+        speed, values = self._speed(window, seconds), iter(window.scalars.tolist())
         rows = [row | {name: next(values) for name in scalars} | speed for row, _, _, scalars in window.steps]
         if len(window.load):
             rows[-1]["expert_load"] = window.load.double().mul(100).round().div(100).tolist()
@@ -284,15 +282,33 @@ class Log:
         return loads_LE / loads_LE.mean(1, keepdim=True).clamp(min=1e-9)
 
 
+class _Moment:
+    """When the device has done what was queued so far, by its own clock: the host may be ahead of it, or come late."""
+
+    def __init__(self, device: torch.device):
+        self.host = time.perf_counter()
+        self.event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        if self.event is not None:
+            self.event.record()
+
+    def seconds_since(self, earlier: "_Moment") -> float:
+        """Waits for this moment."""
+        if self.event is None:
+            return self.host - earlier.host
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1000
+
+
 @dataclass
 class _Window:
-    """Steps between two lines on the console; scalars (n,) of all and load (L, E) are on the host behind the mark."""
+    """Steps between two lines on the console; scalars (n,) of all and load (L, E) are on the host once it has ended."""
 
     steps: list[tuple[dict, int, int, dict[str, Tensor]]]  # row, tokens, pairs, scalars on the device
     data_wait: float
     scalars: Tensor
     load: Tensor
-    mark: torch.cuda.Event | None
+    begin: _Moment
+    end: _Moment
 
 
 def _cut_lines(path: Path, step: int) -> None:

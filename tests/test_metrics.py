@@ -132,8 +132,8 @@ def test_a_line_is_written_with_the_next_step_queued_behind_it(corpus, tmp_path)
 
 
 @pytest.mark.gpu
-def test_a_line_that_is_due_does_not_wait_for_the_gpu(tmp_path):
-    cfg = TrainConfig(steps=4, log_every=1)
+def test_a_line_that_is_due_does_not_wait_for_the_gpu_and_has_its_time(tmp_path):
+    cfg = TrainConfig(steps=6, log_every=1)
     batch, model = Batch.pack([torch.arange(9)]), build_model(Qwen3Config(**TINY), "cuda")
     with Log(tmp_path, cfg, model, Mesh(torch.device("cuda")), 0) as log:
 
@@ -145,7 +145,11 @@ def test_a_line_that_is_due_does_not_wait_for_the_gpu(tmp_path):
         seconds_of(1), seconds_of(2)  # loads what it launches
         torch.cuda._sleep(4_000_000_000)
         assert seconds_of(3) < 0.5 < 1.5 < seconds_of(4)
-    assert [row["more"] for row in read_metrics(tmp_path)] == [1.0] * 4
+        torch.cuda._sleep(2_000_000_000)
+        seconds_of(5), time.sleep(2), seconds_of(6)  # the host looks late
+    rows = read_metrics(tmp_path)
+    assert [row["more"] for row in rows] == [1.0] * 6
+    assert 1500 < rows[2]["step_ms"] < 3000 and 700 < rows[4]["step_ms"] < 1800
 
 
 def test_padding_is_a_share_of_the_tokens(corpus, tmp_path):
