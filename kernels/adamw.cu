@@ -1,6 +1,6 @@
 // AdamW over many tensors. Bound: memory, per element 12 bytes read and 12 written of param, mean and square (8 and 8
-// where these are bf16), 2 or 4 read of the gradient, 2 written of the rounded weight, which is 2 read less and 2
-// written less where that is half of param.
+// where these are bf16), 2 or 4 read of the gradient, 2 written of the rounded weight; where that is half of param, 2
+// less are written.
 
 #include "adamw.h"
 

@@ -151,6 +151,8 @@ class Log:
     def __exit__(self, failed, *_):
         if failed in (KeyboardInterrupt, SystemExit):
             self.flush()
+        elif failed and self.fetched and self.fetched.end.is_over():  # what failed may have stopped the device
+            self._write()
         for name in [name for name, rest in self.unwritten.items() if rest]:
             self._append(name, [])
         self.bar.close()
@@ -290,6 +292,9 @@ class _Moment:
         self.event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
         if self.event is not None:
             self.event.record()
+
+    def is_over(self) -> bool:
+        return self.event is None or self.event.query()
 
     def seconds_since(self, earlier: "_Moment") -> float:
         """Waits for this moment."""

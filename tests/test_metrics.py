@@ -124,6 +124,13 @@ def test_a_run_that_is_ended_writes_the_lines_of_its_last_steps(corpus, tmp_path
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3]
 
 
+def test_a_run_that_fails_has_written_the_lines_that_were_due(corpus, tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        cfg = tiny_run(corpus, tmp_path / "run", train={"log_every": 2})
+        train(cfg, on_step=lambda step, *_: 1 / (4 - step))
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
 def test_a_line_is_written_with_the_next_step_queued_behind_it(corpus, tmp_path):
     written = []
     cfg = tiny_run(corpus, tmp_path / "run", train={"steps": 5, "log_every": 2})
