@@ -29,6 +29,7 @@ def master_of(p: nn.Parameter) -> nn.Parameter:
 
 
 def is_split(master: Tensor) -> bool:
+    """Whether it has the lower half only."""
     return master.dtype == torch.bfloat16 and hasattr(master, "rounded")
 
 

@@ -8,14 +8,15 @@ from minitrain.masters import is_split
 
 
 def can_step(params: list[Tensor]) -> bool:
-    """Whether adamw_ takes these masters: contiguous, fp32 or split, `rounded` bf16, on a GPU that has the kernel.
+    """Whether adamw_ takes these: fp32 on a GPU that the extension is built for, their `rounded` bf16, all contiguous.
+    It takes them split as well, which they are once the optimizer has been made.
 
     Known before the first step too, when offloaded masters are in host memory: by where their `rounded` are. Gradients
     are read row by row, with which a parameter of other strides would be paired wrongly.
     """
     pairs = [(p, getattr(p, "rounded", p)) for p in params]
     return all(
-        (p.dtype == torch.float32 or is_split(p))
+        p.dtype == torch.float32
         and (x is p or x.dtype == torch.bfloat16)
         and runs_on(x.device.type, x.device.index)
         and p.is_contiguous()
